@@ -1,0 +1,136 @@
+"""What a method is given to adapt on: one clip's known latents, a network, and a loss for draw k.
+
+Draw k (a timestep and noise) depends on (recipe seed, clip, k) alone, so every method and every resume sees the same draws. The
+noised latents, the condition and the caption go in; the clean latents of the frames to predict enter the loss only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .flow import add_noise, logit_normal_timestep, sampling_timesteps, timestep_transform, velocity_target
+from .models.attention import TextStates
+from .models.stdit3 import Caption, Condition, Embedded, STDiT3
+from .seeds import generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationSettings:
+    """The self-supervised task on the known latent frames."""
+
+    objective: Literal["continuation", "denoise", "official"] = "continuation"
+    """continuation: the first known latents condition, the others are predicted and alone count; denoise: none conditions,
+    all count; official: as continuation, but all count (the loss of v1.3's training)."""
+    context_latents: int = 3
+    """Known latent frames that condition while adapting; the remaining known ones are predicted. Not used by denoise."""
+    timesteps: Literal["logit_normal", "sampler"] = "logit_normal"
+    """logit_normal: as v1.3 was trained; sampler: points of the sampler's own grid."""
+    draws: int | Literal["fresh"] = "fresh"
+    """How many different (timestep, noise) draws to cycle through; fresh: a new one each step."""
+    adapted_branches: Literal["all", "conditional"] = "all"
+    """Which guidance branches of the sampler use the adapted weights; conditional: the prompt branch alone."""
+
+    def __post_init__(self) -> None:
+        if self.context_latents < 1:
+            raise ValueError(
+                f"context_latents must be at least 1, was {self.context_latents}; for none use objective: denoise"
+            )
+        if isinstance(self.draws, int) and self.draws < 1:
+            raise ValueError(f"draws must be at least 1 or fresh, was {self.draws}")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One timestep, [1] float32 0..1000, and noise of the latents' shape in float32."""
+
+    t: Tensor
+    noise: Tensor
+
+
+class Task:
+    """One clip's adaptation task.
+
+    latents: the known latents [1, C, K, h, w] on the model's device. pixel_size: height, width. sampled_frames and
+    sampling_steps: of the sampler, so that noise levels are those that sampling will meet.
+    """
+
+    def __init__(
+        self,
+        model: STDiT3,
+        latents: Tensor,
+        prompt: Caption,
+        settings: AdaptationSettings,
+        *,
+        recipe_seed: int,
+        clip_id: str,
+        pixel_size: tuple[int, int],
+        fps: float,
+        sampled_frames: int,
+        sampling_steps: int,
+    ) -> None:
+        self.model = model
+        self.latents = latents
+        self.prompt = prompt
+        self.settings = settings
+        self.recipe_seed = recipe_seed
+        self.clip_id = clip_id
+        known = latents.shape[2]
+        context = 0 if settings.objective == "denoise" else settings.context_latents
+        if context >= known:
+            raise ValueError(
+                f"context_latents must leave a known latent frame to predict: it was {context} of {known} known latent frames"
+            )
+        self.geometry = model.geometry(known, (latents.shape[3], latents.shape[4]), pixel_size, tuple(range(context)))
+        mask = torch.zeros_like(latents)
+        mask[:, :, :context] = 1
+        self.condition = Condition(latents * mask, mask)
+        self.first_counted = 0 if settings.objective in ("denoise", "official") else context
+        self.fps = torch.full((1,), fps, device=model.device)
+        self._size = (*pixel_size, sampled_frames)
+        self.grid = sampling_timesteps(sampling_steps, *self._size, size_dtype=model.dtype)
+
+    def draw(self, k: int) -> Draw:
+        """Draw k, cycling through `settings.draws` of them; on the model's device."""
+        if self.settings.draws != "fresh":
+            k = k % self.settings.draws
+        generator = generator_for(self.recipe_seed, self.clip_id, "adaptation", k)
+        if self.settings.timesteps == "sampler":
+            t = self.grid[torch.randint(len(self.grid), (1,), generator=generator)]
+        else:
+            t = timestep_transform(logit_normal_timestep(generator), *self._size, size_dtype=self.model.dtype)
+        noise = torch.randn(self.latents.shape, generator=generator)
+        return Draw(t.to(self.latents.device), noise.to(self.latents.device))
+
+    def captions(self) -> tuple[TextStates, TextStates]:
+        """Text states of the prompt and the null caption under the weights in force."""
+        return self.model.text_states(self.prompt), self.model.text_states(self.model.null_caption(self.prompt))
+
+    def embed(self, draw: Draw) -> Embedded:
+        """The noised latents inside the network, before the first layer."""
+        x_t = add_noise(self.latents, draw.noise, draw.t)
+        return self.model.embed(x_t, draw.t, self.fps, self.geometry, self.condition)
+
+    def loss(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
+        """Mean squared error of the velocity over the frames that count; text: the captions' states, if they are not trained."""
+        return self.loss_from(self.embed(draw), draw, 0, text or self.captions())
+
+    def loss_from(self, state: Embedded, draw: Draw, start: int, text: tuple[TextStates, TextStates]) -> Tensor:
+        """The loss, given the state before layer `start`."""
+        state = self.model.run_layers(state, *text, self.geometry, start)
+        return self.error(self.model.head(state, self.geometry), draw)
+
+    def error(self, output: Tensor, draw: Draw) -> Tensor:
+        """Mean squared error of the network's output [1, at least C, K, h, w] over the frames that count."""
+        velocity = output[:, : self.latents.shape[1], self.first_counted :]
+        return (velocity.float() - self.target(draw)).square().mean()
+
+    def target(self, draw: Draw) -> Tensor:
+        """x0 - noise on the frames that count, float32."""
+        target = velocity_target(self.latents.float(), draw.noise)
+        return target[:, :, self.first_counted :]
+
+    def zero_loss(self, draw: Draw) -> Tensor:
+        """The loss of predicting zero: what any trained network must beat."""
+        return self.target(draw).square().mean()

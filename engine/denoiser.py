@@ -1,0 +1,105 @@
+"""The network of one clip: its shape, condition and caption fixed, ready to give the velocities that guidance combines.
+
+Keys and values of the captions are computed once for the weights in force when the denoiser is made, so it is made after
+adapting. The three branches of continuation (fact: the mask stays 1 in the branch without condition):
+
+    branch          text      known latents   text of the known frames
+    prompt          prompt    given           null
+    null            null      given           null
+    unconditional   null      zero            null
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from .models.attention import TextStates
+from .models.geometry import Geometry
+from .models.stdit3 import Caption, Condition, STDiT3
+
+
+def _join(*states: TextStates) -> TextStates:
+    """Several captions' states as one batch; they must be of one length and mask."""
+    first = states[0]
+    return TextStates(
+        tuple(torch.cat(rows) for rows in zip(*(s.keys for s in states), strict=True)),
+        tuple(torch.cat(rows) for rows in zip(*(s.values for s in states), strict=True)),
+        None if first.mask is None else first.mask.repeat(len(states), 1, 1, 1),
+    )
+
+
+class Denoiser:
+    """Velocities of one clip's continuation branches, [1, C, T, h, w] float32 each; see `ContinuationVelocity`.
+
+    base_weights: a context inside which the model computes with its unadapted weights. Given, only the prompt branch uses the
+    adapted weights (`adapted_branches: conditional`); None, all branches do.
+    """
+
+    def __init__(
+        self,
+        model: STDiT3,
+        geometry: Geometry,
+        fps: float,
+        prompt: Caption,
+        condition: Condition,
+        *,
+        null: Caption | None = None,
+        base_weights: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        self.model = model
+        self.geometry = geometry
+        self.base_weights = base_weights
+        self.fps = torch.full((3,), fps, device=model.device)
+        null = null or model.null_caption(prompt)
+        self.prompt_text = model.text_states(prompt)
+        self.null_text = model.text_states(null)
+        without = torch.zeros_like(condition.latents)
+        self.given = condition
+        if base_weights is None:
+            self.rest_text = self.null_text
+            self.all_text = _join(self.prompt_text, self.null_text, self.null_text)
+            self.all_conditions = Condition(
+                torch.cat([condition.latents, condition.latents, without]), condition.mask.repeat(3, 1, 1, 1, 1)
+            )
+        else:
+            with base_weights():
+                self.rest_text = model.text_states(null)
+            self.all_text = _join(self.rest_text, self.rest_text)
+            self.all_conditions = Condition(
+                torch.cat([condition.latents, without]), condition.mask.repeat(2, 1, 1, 1, 1)
+            )
+
+    def _velocity(
+        self, z: Tensor, t: Tensor, text: TextStates, known_text: TextStates, condition: Condition
+    ) -> tuple[Tensor, ...]:
+        B = condition.latents.shape[0]
+        x, timestep = z.expand(B, -1, -1, -1, -1), t.expand(B)
+        return self.model(x, timestep, self.fps[:B], text, known_text, self.geometry, condition).split(1)
+
+    def __call__(self, z: Tensor, t: Tensor, *, all_branches: bool) -> tuple[Tensor, ...]:
+        if not all_branches:
+            return self._velocity(z, t, self.prompt_text, self.null_text, self.given)
+        if self.base_weights is None:
+            return self._velocity(z, t, self.all_text, self.null_text, self.all_conditions)
+        prompt = self._velocity(z, t, self.prompt_text, self.null_text, self.given)
+        with self.base_weights():
+            return *prompt, *self._velocity(z, t, self.all_text, self.rest_text, self.all_conditions)
+
+
+class TextDenoiser:
+    """Velocities of text to video, (prompt, null); no condition is embedded, as in the official text-to-video sampling."""
+
+    def __init__(
+        self, model: STDiT3, geometry: Geometry, fps: float, prompt: Caption, null: Caption | None = None
+    ) -> None:
+        self.model = model
+        self.geometry = geometry
+        self.fps = torch.full((2,), fps, device=model.device)
+        self.text = _join(model.text_states(prompt), model.text_states(null or model.null_caption(prompt)))
+
+    def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x = z.expand(2, -1, -1, -1, -1)
+        prompt, null = self.model(x, t.expand(2), self.fps, self.text, None, self.geometry, None).split(1)
+        return prompt, null

@@ -1,0 +1,28 @@
+"""Peak memory of a phase: of the caching allocator on a GPU, of the process on a CPU."""
+
+from pathlib import Path
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak from what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the process's high-water mark (proc(5))
+    except OSError:
+        pass
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak since the reset; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else None

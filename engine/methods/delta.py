@@ -1,0 +1,262 @@
+"""A vector added at the final layer, fitted on cached features (after SLOT, arXiv:2505.12392, carried to a diffusion network).
+
+The last layer computes W (LN(h) * (1 + scale_t) + shift_t) + b for each token. A vector d of the hidden width may join at
+
+    site   adds to the output             character
+    post   W d                            linear; one constant on the velocity, the same at every t and token
+    mid    W ((1 + scale_t) * d)          linear; its effect varies with t
+    pre    W ((1 + scale_t) * (LN(h + d) - LN(h)))   not linear
+
+All that comes before is constant for fixed draws, so the layers run once a draw without gradients and their output is kept.
+The objective is mean over draws, tokens and channels of the squared error, plus ridge |d|^2. For the linear sites its optimum
+solves normal equations in D unknowns (closed form); AdamW serves every site. Both are float32 or wider, added to the
+network's own output, so d = 0 is exactly the base.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adaptation import AdaptationSettings, Task
+from ..models.attention import TextStates
+from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
+from .optimize import AdamW, Masters, Trace, optimize
+from .protocol import Change, OnStep
+
+Site = Literal["post", "mid", "pre"]
+
+
+def _check(ranges: int, ridge: float) -> None:
+    if ranges < 1:
+        raise ValueError(f"ranges must be at least 1, was {ranges}")
+    if ridge < 0:
+        raise ValueError(f"ridge must not be negative, was {ridge}")
+
+
+def _check_draws(adaptation: AdaptationSettings) -> None:
+    if adaptation.draws == "fresh":
+        raise ValueError(
+            "a delta needs adaptation.draws to be a number, was fresh: its features are cached for fixed draws"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta(AdamW):
+    """Fit the delta by AdamW on all draws at once."""
+
+    kind: Literal["delta"] = "delta"
+    site: Site = "pre"
+    """Where the vector joins: post (after the modulation), mid (between norm and modulation), pre (before the norm)."""
+    lr: float = 1e-2
+    """Learning rate, constant over the steps."""
+    ranges: int = 1
+    """One vector for each of so many ranges of timesteps, equal in number of sampler steps."""
+    ridge: float = 0.0
+    """Weight of |d|^2 beside the mean squared error."""
+    gradient_clip: float = 0.0
+    """Largest L2 norm of the gradient; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.ranges, self.ridge)
+
+    def check(self, adaptation: AdaptationSettings) -> None:
+        _check_draws(adaptation)
+
+    def attach(self, model: STDiT3, recipe_seed: int) -> "DeltaAdapter":
+        return DeltaAdapter(self, model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaClosedForm:
+    """Fit the delta at a linear site by its normal equations."""
+
+    kind: Literal["delta_closed_form"] = "delta_closed_form"
+    site: Literal["post", "mid"] = "mid"
+    """Where the vector joins: post (after the modulation) or mid (between norm and modulation)."""
+    ranges: int = 1
+    """One vector for each of so many ranges of timesteps, equal in number of sampler steps."""
+    ridge: float = 1e-4
+    """Weight of |d|^2 beside the mean squared error; 0 gives the shortest of the least-squares solutions."""
+
+    def __post_init__(self) -> None:
+        _check(self.ranges, self.ridge)
+
+    def check(self, adaptation: AdaptationSettings) -> None:
+        _check_draws(adaptation)
+
+    def attach(self, model: STDiT3, recipe_seed: int) -> "DeltaAdapter":
+        return DeltaAdapter(self, model)
+
+
+class DeltaFinalLayer(nn.Module):
+    """The final layer plus what the delta adds, in float32. d: [ranges, D]; edges: [ranges - 1] timesteps, rising."""
+
+    def __init__(self, base: FinalLayer, site: Site, ranges: int) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        weight = base.linear.weight
+        self.d = nn.Parameter(torch.zeros(ranges, weight.shape[1], device=weight.device))
+        self.edges: Tensor
+        self.register_buffer("edges", torch.zeros(ranges - 1, device=weight.device))
+
+    def set_ranges(self, grid: Tensor) -> None:
+        """Split the sampler's timesteps into equal ranges; an edge lies half way between two neighbouring timesteps."""
+        rising, ranges = grid.sort().values, len(self.d)
+        if ranges > len(rising):
+            raise ValueError(f"ranges must be at most the sampler's steps ({len(rising)}), was {ranges}")
+        at = torch.tensor([len(rising) * i // ranges for i in range(1, ranges)], dtype=torch.long)
+        self.edges.copy_((rising[at - 1] + rising[at]) / 2)
+
+    def range_of(self, timestep_B: Tensor) -> Tensor:
+        """Which range each timestep falls into, [B]."""
+        return torch.bucketize(timestep_B.contiguous(), self.edges)
+
+    def map_of(self, time_BD: Tensor) -> Tensor:
+        """The linear map from d to the output at a linear site, [B, out, D] float32."""
+        weight = self.base.linear.weight.float()
+        if self.site == "post":
+            return weight.expand(time_BD.shape[0], -1, -1)
+        _, scale = self.base.modulation(time_BD)
+        return weight * (1 + scale.float())
+
+    def added(self, x_BND: Tensor, time_BD: Tensor, timestep_B: Tensor) -> Tensor:
+        """What the delta adds to the output, [B, N or 1, out] float32."""
+        d_B1D = self.d[self.range_of(timestep_B)][:, None]
+        if self.site != "pre":
+            return d_B1D @ self.map_of(time_BD).mT
+        _, scale = self.base.modulation(time_BD)
+        x = x_BND.float()
+        moved = (layer_norm(x + d_B1D) - layer_norm(x)) * (1 + scale.float())
+        return F.linear(moved, self.base.linear.weight.float())
+
+    def forward(self, x_BND: Tensor, time_BD: Tensor, timestep_B: Tensor) -> Tensor:
+        return self.base(x_BND, time_BD, timestep_B).float() + self.added(x_BND, time_BD, timestep_B)
+
+
+@dataclass(frozen=True)
+class CachedDraw:
+    """A draw behind the last layer: the state of the tokens that count, and what is left to explain there, [1, N, 4C] float32."""
+
+    state: Embedded
+    residual: Tensor
+    zero_loss: Tensor
+
+
+class DeltaAdapter:
+    def __init__(self, settings: Delta | DeltaClosedForm, model: STDiT3) -> None:
+        self.settings = settings
+        self.model = model
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.base: FinalLayer = model.final_layer
+        self.layer = DeltaFinalLayer(self.base, settings.site, settings.ranges)
+        model.final_layer = self.layer  # type: ignore[assignment]
+        self.masters = Masters([self.layer.d])
+        # Of each pixel's 2C outputs only the first C are the velocity.
+        outputs = torch.arange(self.base.linear.out_features, device=model.device)
+        self.used = (outputs % (2 * model.config.in_channels) < model.config.in_channels).nonzero().flatten()
+
+    @torch.no_grad()
+    def cache(self, task: Task) -> list[CachedDraw]:
+        """Run the layers once for each draw."""
+        text = task.captions()
+        assert task.settings.draws != "fresh"
+        return [self._cache_one(task, k, text) for k in range(task.settings.draws)]
+
+    def _cache_one(self, task: Task, k: int, text: tuple[TextStates, TextStates]) -> CachedDraw:
+        draw = task.draw(k)
+        state = self.model.run_layers(task.embed(draw), *text, task.geometry)
+        counted = state.tokens[:, task.first_counted * task.geometry.tokens_per_frame :].clone()
+        state = state._replace(tokens=counted)
+        target = task.target(draw)
+        assert target.shape[-2] % 2 == 0 and target.shape[-1] % 2 == 0, "the latent must be whole patches"
+        patches = (
+            target.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 3, 5, 4, 6, 1)
+        )  # [B, T, H, W, 2, 2, C]
+        patches = patches.flatten(-3).flatten(1, 3)
+        base = self.base(state.tokens, state.time, state.timestep).float()[..., self.used]
+        return CachedDraw(state, patches - base, task.zero_loss(draw))
+
+    def loss(self, cached: list[CachedDraw]) -> Tensor:
+        """Mean squared error over all draws."""
+        errors = [
+            (c.residual - self.layer.added(c.state.tokens, c.state.time, c.state.timestep)[..., self.used])
+            .square()
+            .mean()
+            for c in cached
+        ]
+        return torch.stack(errors).mean()
+
+    def adapt(self, task: Task, on_step: OnStep) -> Trace:
+        self.layer.set_ranges(task.grid.to(self.layer.edges.device))
+        cached = self.cache(task)
+        empty = set(range(self.settings.ranges)) - {int(self.layer.range_of(c.state.timestep)) for c in cached}
+        if empty:
+            raise ValueError(
+                f"adaptation.draws ({len(cached)}) left {len(empty)} of {self.settings.ranges} ranges of timesteps without a "
+                "draw; use more draws or fewer ranges"
+            )
+        zero_loss = torch.stack([c.zero_loss for c in cached]).mean()
+        if isinstance(self.settings, Delta):
+            ridge, rows = self.settings.ridge, self.layer.d
+            return optimize(
+                self.masters,
+                self.settings,
+                lambda step: self.loss(cached),
+                zero_loss=lambda step: zero_loss,
+                penalty=(lambda: ridge * rows.square().sum()) if ridge else None,
+                on_step=on_step,
+            )
+        with torch.no_grad():
+            before = self.loss(cached).item()
+            for index in range(self.settings.ranges):
+                chosen = [c for c in cached if int(self.layer.range_of(c.state.timestep)) == index]
+                self.layer.d[index] = self._solve(chosen, len(cached))
+            on_step(0, before)
+            after = self.loss(cached).item()
+        return Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+
+    def _solve(self, cached: list[CachedDraw], draws: int) -> Tensor:
+        """argmin over d of (1 / draws) sum_k mean |r_k - M_k d|^2 + ridge |d|^2, in float64."""
+        width = self.layer.d.shape[1]
+        normal = torch.zeros(width, width, dtype=torch.float64, device=self.layer.d.device)
+        right = torch.zeros(width, dtype=torch.float64, device=self.layer.d.device)
+        for c in cached:
+            M = self.layer.map_of(c.state.time)[0, self.used].double()  # [4C, D]
+            mean_residual = c.residual.double().mean((0, 1))  # over tokens, [4C]
+            normal += M.T @ M / (len(M) * draws)
+            right += M.T @ mean_residual / (len(M) * draws)
+        if self.settings.ridge == 0:
+            return (torch.linalg.pinv(normal, hermitian=True) @ right).float()
+        normal.diagonal().add_(self.settings.ridge)
+        return torch.linalg.solve(normal, right).float()
+
+    def change(self) -> Change:
+        distance = self.layer.d.detach().norm().item()
+        return Change(distance, distance, int((self.layer.d != 0).sum()), self.layer.d.numel())
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        self.model.final_layer = self.base
+        try:
+            yield
+        finally:
+            self.model.final_layer = self.layer  # type: ignore[assignment]
+
+    def state(self) -> dict[str, Tensor]:
+        return {"d": self.layer.d.detach().cpu(), "edges": self.layer.edges.cpu()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        self.layer.d.zero_()
+
+    def detach(self) -> None:
+        self.model.final_layer = self.base
+        self.masters = Masters([])

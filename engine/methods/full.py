@@ -1,0 +1,89 @@
+"""Full fine-tuning: every parameter of the network, with float32 masters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..adaptation import AdaptationSettings, Task
+from ..models.stdit3 import STDiT3
+from .optimize import AdamW, Masters, Trace, optimize
+from .protocol import Change, OnStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullFineTuning(AdamW):
+    """Train all parameters; `rope.freqs` is frozen, as in the official model."""
+
+    kind: Literal["full"] = "full"
+
+    def check(self, adaptation: AdaptationSettings) -> None:
+        pass
+
+    def attach(self, model: STDiT3, recipe_seed: int) -> "FullAdapter":
+        return FullAdapter(self, model)
+
+
+class FullAdapter:
+    """Holds the base weights (a copy in the network's dtype) and the masters; both stay allocated between clips."""
+
+    def __init__(self, settings: FullFineTuning, model: STDiT3) -> None:
+        self.settings = settings
+        self.model = model
+        self.trained = {n: p for n, p in model.named_parameters() if n != "rope.freqs"}
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+        self.base = [p.detach().clone() for p in self.trained.values()]
+        self.masters = Masters(list(self.trained.values()))
+
+    def adapt(self, task: Task, on_step: OnStep) -> Trace:
+        self.masters.reset(self.base)
+        return optimize(
+            self.masters,
+            self.settings,
+            lambda step: task.loss(task.draw(step)),
+            zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            on_step=on_step,
+        )
+
+    @torch.no_grad()
+    def change(self) -> Change:
+        master = effective = torch.zeros((), dtype=torch.float64)
+        changed = torch.zeros((), dtype=torch.int64)
+        for tensor, parameter, base in zip(self.masters.tensors, self.trained.values(), self.base, strict=True):
+            master = master + (tensor.float() - base.float()).norm().double().cpu() ** 2
+            effective = effective + (parameter.float() - base.float()).norm().double().cpu() ** 2
+            changed = changed + (parameter != base).sum().cpu()
+        trained = sum(p.numel() for p in self.trained.values())
+        return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        adapted = [p.detach().clone() for p in self.trained.values()]
+        self._set(self.base)
+        try:
+            yield
+        finally:
+            self._set(adapted)
+
+    def state(self) -> dict[str, Tensor]:
+        pairs = zip(self.trained.items(), self.base, strict=True)
+        return {name: (p.detach().float() - base.float()).cpu() for (name, p), base in pairs}
+
+    def restore(self) -> None:
+        self._set(self.base)
+        self.masters.reset(self.base)
+
+    def detach(self) -> None:
+        self.restore()
+        for parameter in self.trained.values():
+            parameter.requires_grad_(False)
+        self.trained, self.base, self.masters = {}, [], Masters([])
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.trained.values(), values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,73 @@
+"""What a method is: settings that a recipe fills, and an adapter that changes a network for one clip and puts it back.
+
+A method knows nothing of videos, disks or clusters. It is attached once to a network and keeps its storage until detached;
+between clips `restore` brings every weight back bit for bit, in place.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..adaptation import AdaptationSettings, Task
+from ..models.stdit3 import STDiT3
+from .optimize import Trace
+
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far a method moved from its start.
+
+    master: L2 distance of the float32 trainable state; effective: L2 distance of the weights that compute (for LoRA and the
+    delta, of what they add); changed: how many effective numbers differ; trained: how many numbers are trained.
+    """
+
+    master: float
+    effective: float
+    changed: int
+    trained: int
+
+
+class Adapter(Protocol):
+    """A method attached to a network."""
+
+    def adapt(self, task: Task, on_step: OnStep) -> Trace:
+        """Adapt to a clip, from the restored state. on_step(step, loss) may raise to stop."""
+        ...
+
+    def change(self) -> Change:
+        """How far the state is from the start."""
+        ...
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """A context inside which the network computes with its base weights."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapted state, by name, for a recipe that keeps it; full fine-tuning gives the difference from the base."""
+        ...
+
+    def restore(self) -> None:
+        """Back to the start, bit for bit, in the same storage. Safe to call at any time."""
+        ...
+
+    def detach(self) -> None:
+        """Restore and give the network back as it was before `attach`."""
+        ...
+
+
+class Method(Protocol):
+    """A method's settings, a frozen dataclass with a literal `kind`."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def check(self, adaptation: AdaptationSettings) -> None:
+        """Raise ValueError where the method cannot run with these adaptation settings."""
+        ...
+
+    def attach(self, model: STDiT3, recipe_seed: int) -> Adapter: ...

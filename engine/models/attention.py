@@ -1,0 +1,148 @@
+"""Self-attention inside a frame or a window, and cross-attention to text. Plain PyTorch; the reference for faster paths."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .geometry import WINDOW, Geometry
+from .rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis, statistics in float32, cast back, then times the weight (the official order of rounding)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with RMS-normalised, rotated queries and keys; `windowed` chooses how tokens are grouped.
+
+    Not windowed ("spatial"): one sequence a frame. Windowed ("temporal"): 8 x 8 tokens by all frames, not shifted; windows at
+    the right and bottom edge keep their true size, which equals the official zero padding with masked keys.
+    """
+
+    def __init__(self, dim: int, heads: int, windowed: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.windowed = windowed
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // heads)
+        self.k_norm = RMSNorm(dim // heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BND: Tensor, geometry: Geometry) -> Tensor:
+        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
+        q, k = self.q_norm(q), self.k_norm(k)
+        grid = (geometry.frames, geometry.rows, geometry.cols)
+        if self.windowed:
+            cos, sin = geometry.window_cos, geometry.window_sin
+            q, k, v = (t.unflatten(1, grid) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
+            out = windowed_attention(q, k, v).flatten(1, 3)
+        else:
+            q, k, v = (t.unflatten(1, (geometry.frames, -1)).flatten(0, 1) for t in (q, k, v))  # [B * T, S, H, d]
+            cos, sin = geometry.spatial_cos, geometry.spatial_sin
+            out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+            out = out.unflatten(0, (-1, geometry.frames)).flatten(1, 2)
+        return self.proj(out.flatten(2))
+
+
+def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head, [B, N, H, d]; mask: [B, 1, 1, L] bool, True where a key may be seen."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BLHD, v_BLHD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention inside windows of 8 x 8 tokens by all frames; q, k, v and the result are [B, T, rows, cols, H, d].
+
+    The grid falls into at most four regions of equal windows: the whole ones, a bottom strip, a right strip and a corner.
+    """
+    rows, cols = q.shape[2:4]
+    strips = []
+    for top, bottom in _regions(rows):
+        parts = [
+            _region_attention(*(t[:, :, top:bottom, left:right] for t in (q, k, v))) for left, right in _regions(cols)
+        ]
+        strips.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
+    return torch.cat(strips, dim=2) if len(strips) > 1 else strips[0]
+
+
+def _regions(size: int) -> list[tuple[int, int]]:
+    """Where whole windows lie along an axis, and the remainder at its end."""
+    whole = size // WINDOW * WINDOW
+    return [(a, b) for a, b in ((0, whole), (whole, size)) if b > a]
+
+
+def _region_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in a region that is a whole number of equal windows, [B, T, rows, cols, H, d]."""
+    B, T, rows, cols, H, d = q.shape
+    window_rows, window_cols = min(rows, WINDOW), min(cols, WINDOW)
+    down, across = rows // window_rows, cols // window_cols
+
+    def to_windows(t: Tensor) -> Tensor:
+        t = t.reshape(B, T, down, window_rows, across, window_cols, H, d)
+        return t.permute(0, 2, 4, 1, 3, 5, 6, 7).reshape(B * down * across, T * window_rows * window_cols, H, d)
+
+    out = attend(to_windows(q), to_windows(k), to_windows(v))
+    out = out.reshape(B, down, across, T, window_rows, window_cols, H, d).permute(0, 3, 1, 4, 2, 5, 6, 7)
+    return out.reshape(B, T, rows, cols, H, d)
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Keys and values of a caption for every layer, [B, L, H, d] each, and which tokens count, [B, 1, 1, L] (None: all).
+
+    They depend on the caption and the weights alone, so sampling computes them once, not once a step.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    mask: Tensor | None
+
+    def rows(self, *which: int) -> "TextStates":
+        """The states of the samples `which`, in that order."""
+        index = list(which)
+        return TextStates(
+            tuple(k[index] for k in self.keys),
+            tuple(v[index] for v in self.values),
+            None if self.mask is None else self.mask[index],
+        )
+
+
+class CrossAttention(nn.Module):
+    """Every token attends to its sample's caption; no norm of queries and keys, no rotary embedding."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a projected caption, [B, L, H, d] each."""
+        k, v = self.kv_linear(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return k, v
+
+    def forward(
+        self, x_BND: Tensor, layer: int, text: TextStates, known_text: TextStates | None, geometry: Geometry
+    ) -> Tensor:
+        q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
+        if known_text is None or geometry.known == 0:
+            out = attend(q, text.keys[layer], text.values[layer], text.mask)
+        else:
+            split = geometry.known_tokens
+            k, v = (t[layer].expand(q.shape[0], -1, -1, -1) for t in (known_text.keys, known_text.values))
+            known = attend(q[:, :split], k, v, known_text.mask)
+            rest = attend(q[:, split:], text.keys[layer], text.values[layer], text.mask)
+            out = torch.cat([known, rest], dim=1)
+        return self.proj(out.flatten(2))

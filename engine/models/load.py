@@ -1,0 +1,120 @@
+"""The models of a recipe: where their weights come from, checked and put on the device.
+
+`embedded` names the small models that ship with the package. Until trained weights lie beside their config.json they are
+filled by a fixed rule: the whole path runs on them, but what they generate means nothing, so a recipe must allow it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from .checkpoint import load_strict, open_state, read_config, resolve_source, state_hash
+from .rule_weights import fill_by_rule
+from .stdit3 import STDiT3, STDiT3Config
+from .vae import VAE, VAEConfig
+
+EMBEDDED = Path(__file__).parent / "embedded"
+UNTRAINED = "untrained weights: filled by a fixed rule, so scores say nothing about any method"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Weights in the published layout: a directory, or a hub id found in the local cache (`vidtta fetch`); or `embedded`."""
+
+    dit: str = "hpcai-tech/OpenSora-STDiT-v4-i2v"
+    """The diffusion transformer, STDiT3 v1.3."""
+    vae: str = "hpcai-tech/OpenSora-VAE-v1.3"
+    """The video autoencoder, v1.3."""
+    text: str = "DeepFloyd/t5-v1_1-xxl"
+    """The text encoder, T5 v1.1."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the transformer and the autoencoder compute in; the text encoder is float32, as in the official inference."""
+    device: str = "auto"
+    """auto (the first GPU, else the CPU), cpu, or cuda:N."""
+    allow_untrained: bool = False
+    """Allow weights that were never trained; every output is then marked."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded networks, frozen and in evaluation mode. hashes: SHA-256 of each one's weights; marks: what must be said of them."""
+
+    dit: STDiT3
+    vae: VAE
+    hashes: dict[str, str]
+    marks: tuple[str, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a recipe names; raises UserError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise UserError(f"model.device was {name!r}, which is not here; use auto or one of {['cpu', *found]}") from error
+    return device
+
+
+def load_dit(source: str, device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, bool]:
+    """The transformer of a directory, hub id or `embedded`, and whether its weights were trained."""
+    return _load(source, "dit", lambda config: STDiT3(STDiT3Config.from_dict(config)), device, dtype)
+
+
+def load_vae(source: str, device: torch.device, dtype: torch.dtype) -> tuple[VAE, bool]:
+    """The autoencoder of a directory, hub id or `embedded`, and whether its weights were trained."""
+    return _load(source, "vae", lambda config: VAE(VAEConfig.from_dict(config)), device, dtype)
+
+
+def _load(
+    source: str, kind: str, build: Callable[[dict], Model], device: torch.device, dtype: torch.dtype
+) -> tuple[Model, bool]:
+    path = EMBEDDED / kind if source == "embedded" else resolve_source(source, "vidtta fetch opensora")
+    config = read_config(path)
+    try:
+        model = build(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from error
+    trained = source != "embedded" or any(path.glob("*.safetensors*"))
+    if trained:
+        load_strict(model, open_state(path), str(path))
+    else:
+        fill_by_rule(model)
+    return model.to(device, dtype).eval().requires_grad_(False), trained
+
+
+def check_conditioning(dit: STDiT3, source: str) -> None:
+    """Raise UserError if the embedding of known frames is all zero: such weights never learned to continue a clip."""
+    if not dit.x_embedder_cond.proj.weight.any():
+        raise UserError(
+            f"model.dit {source!r} cannot continue a clip: x_embedder_cond.proj.weight is all zero (never trained on known "
+            "frames); use the image-and-video-conditioned weights, hpcai-tech/OpenSora-STDiT-v4-i2v"
+        )
+
+
+def load_models(settings: ModelSettings) -> Models:
+    """Load transformer and autoencoder; raises UserError for anything missing, misshapen, or untrained without leave."""
+    device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
+    dit, dit_trained = load_dit(settings.dit, device, dtype)
+    vae, vae_trained = load_vae(settings.vae, device, dtype)
+    check_conditioning(dit, settings.dit)
+    marks = ()
+    if not (dit_trained and vae_trained):
+        if not settings.allow_untrained:
+            raise UserError(
+                "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true to run the "
+                "path on them all the same, or name trained weights"
+            )
+        marks = (UNTRAINED,)
+    return Models(dit, vae, {"dit": state_hash(dit), "vae": state_hash(vae)}, marks)

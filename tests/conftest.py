@@ -1,0 +1,3 @@
+from vidtta.engine.torchvision_ops import declare_missing_operators
+
+declare_missing_operators()
