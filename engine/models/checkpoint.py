@@ -114,7 +114,7 @@ def load_strict(
                 "the file is damaged or overflows that dtype, use another."
             )
         if target.is_meta:
-            _replace(module, name, value)
+            _replace(module, name, value.contiguous())
         else:
             with torch.no_grad():
                 target.copy_(value)

@@ -129,8 +129,8 @@ class EmbeddedText:
 
     Every word of the lower-cased prompt (letters, digits, apostrophes) is the row crc32(word) mod 1024, and one more
     row ends the text. So prompts of other words differ, and nothing else can be expected of it: the rows mean nothing,
-    and some words share one. Without a table the rows are standard normal numbers from NumPy's
-    default generator seeded with crc32(b"vidtta.embedded.text").
+    and some words share one. Without a table the rows are standard normal numbers from NumPy's default generator seeded
+    with crc32(b"vidtta.embedded.text").
     """
 
     def __init__(

@@ -1,0 +1,101 @@
+"""One sentence for what pydantic finds wrong with a recipe: the key, what it should be, what it was."""
+
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from pydantic_core import ErrorDetails
+
+from .methods import METHODS
+from .recipe_files import KeyPath, perhaps
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
+}
+
+
+def explain(errors: list[ErrorDetails], values: dict[str, Any], recipe_type: type) -> list[tuple[KeyPath, str]]:
+    """Each mistake once, as its key and what is wrong; unknown keys first, as they explain missing ones."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for error in errors:
+        by_path.setdefault(_path(error["loc"], values), []).append(error)
+    order = sorted(by_path.items(), key=lambda item: item[1][0]["type"] != "unexpected_keyword_argument")
+    return [_explain(path, same, values, recipe_type) for path, same in order]
+
+
+def keys_of(section: KeyPath, values: dict[str, Any], recipe_type: type) -> tuple[str, list[str]]:
+    """How messages call a section, and the keys it takes. section: () for the recipe, else of a mapping in `values`."""
+    if not section:
+        keys = [field.name for field in fields(recipe_type)]
+        return "a recipe", sorted([*keys, "base", "method"])
+    if section[0] == "arms":
+        kind = values["arms"][section[1]]["kind"]
+        return kind, sorted(field.name for field in fields(METHODS[kind]))
+    return section[0], sorted(field.name for field in fields(get_type_hints(recipe_type)[section[0]]))
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
+    """The key a location names, without the names of union members that pydantic adds to it."""
+    parts = list(loc)
+    if len(parts) > 2 and parts[0] == "arms":
+        del parts[2]  # the method's kind, or [key] for a bad name
+    path = []
+    for part in parts:
+        if isinstance(values, dict):
+            values = values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        else:
+            break  # the member of a plain union
+        path.append(str(part))
+    return tuple(path)
+
+
+def _explain(
+    path: KeyPath, same: list[ErrorDetails], values: dict[str, Any], recipe_type: type
+) -> tuple[KeyPath, str]:
+    error, context = same[0], same[0].get("ctx", {})
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            section, keys = keys_of(path[:-1], values, recipe_type)
+            return path, f"unknown key{perhaps(path[-1], keys)}; {section} takes {', '.join(keys)}"
+        case "missing" if not path[-1].isdigit():
+            return path, f"missing; write it in the recipe or give the override {'.'.join(path)}=..."
+        case "union_tag_not_found":
+            return (*path, "kind"), f"missing; it is one of {', '.join(METHODS)}"
+        case "union_tag_invalid":
+            known = ", ".join(METHODS)
+            return (*path, "kind"), f"should be one of {known}, was {_shown(context['tag'])}{perhaps(context['tag'], list(METHODS))}"
+        case "value_error":
+            return path, str(context["error"])
+        case "greater_than_equal":
+            return path, f"should be at least {context['ge']}, was {_shown(error['input'])}"
+        case "string_too_short":
+            return path, "should not be empty"
+        case "string_pattern_mismatch":
+            return path, "the name of an arm becomes a folder: it should be made of letters, digits, _ and -"
+        case "too_long" | "missing":
+            given = error["input"]
+            wanted = context.get("max_length", "more")
+            return path, f"should have {wanted} entries, had {len(given)}"
+    expected = " or ".join(dict.fromkeys(_expected(one) for one in same))
+    return path, f"should be {expected}, was {_shown(error['input'])}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    if error["type"] == "literal_error":
+        return error.get("ctx", {})["expected"]
+    return EXPECTED.get(error["type"], error["msg"])
+
+
+def _shown(value: Any) -> str:
+    names = {None: "null", True: "true", False: "false"}
+    text = names[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,80 @@
+"""A run on disk, and the keys that decide whether two results belong together.
+
+    recipe.yaml environment.json choices.json
+    shared/captions/ shared/latents/ shared/references/      what the arms share, named by content
+    arms/<arm>/clips/<clip>/result.json                      written last and atomically: its presence means done
+                            failure.json                     why there is no result; a later run tries again
+                            video.mp4 latents.safetensors adapter.safetensors   as the recipe's `keep` says
+    comparisons/<clip>.mp4 summary.csv                       derived: can be made again from the rest
+
+One directory a clip and no file that two tasks write differently, so any number of tasks may share a run directory.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import sha256_json, write_json
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    root: Path
+
+    @property
+    def shared(self) -> Path:
+        return self.root / "shared"
+
+    def clip(self, arm: str, clip_id: str) -> Path:
+        return self.root / "arms" / arm / "clips" / clip_id
+
+    def comparison(self, clip_id: str) -> Path:
+        return self.root / "comparisons" / f"{clip_id}.mp4"
+
+    def result(self, arm: str, clip_id: str) -> dict[str, Any] | None:
+        """A finished result; None if there is none or its file is damaged (it is then made again)."""
+        return read_json(self.clip(arm, clip_id) / "result.json")
+
+    def failure(self, arm: str, clip_id: str) -> dict[str, Any] | None:
+        return read_json(self.clip(arm, clip_id) / "failure.json")
+
+    def write_result(self, arm: str, clip_id: str, result: dict[str, Any]) -> None:
+        folder = self.clip(arm, clip_id)
+        write_json(folder / "result.json", result)
+        (folder / "failure.json").unlink(missing_ok=True)
+
+    def write_failure(self, arm: str, clip_id: str, failure: dict[str, Any]) -> None:
+        write_json(self.clip(arm, clip_id) / "failure.json", failure)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def check_same_settings(directory: RunDirectory, arm: str, clip_id: str, settings: dict[str, Any]) -> bool:
+    """Whether a finished result exists; raises UserError if it was made under other settings."""
+    result = directory.result(arm, clip_id)
+    if result is None:
+        return False
+    if result.get("keys", {}).get("settings") != sha256_json(settings):
+        where = first_difference(result.get("settings", {}), settings)
+        raise UserError(
+            f"{directory.root}: the result of clip {clip_id} in arm {arm} was made under other settings ({where}); "
+            "choose another output_dir, or remove that arm's folder to make it again"
+        )
+    return True
+
+
+def first_difference(before: Any, now: Any, path: str = "") -> str:
+    """Name the first place where two JSON values differ, as `path: was A, now B`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(k for k in now if k not in before)]:
+            if before.get(key) != now.get(key):
+                return first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    return f"{path or 'settings'}: was {json.dumps(before)}, now {json.dumps(now)}"

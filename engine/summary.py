@@ -1,0 +1,121 @@
+"""What a run directory says, made from its results: a CSV of every result, a table of the arms, videos side by side."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from .data.clips import Clip
+from .files import write_text
+from .progress import RunProgress
+from .references import REFERENCES
+from .rundir import RunDirectory, read_json
+from .window import Window
+
+SCORES = ("psnr", "ssim", "lpips", "mse")
+PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
+COLUMNS = ["arm", "clip", "status", *SCORES, *(f"{p}_seconds" for p in PHASES), "peak_memory_bytes", "steps", "marks", "reason"]
+
+Row = dict[str, Any]
+
+
+def write_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -> list[Row]:
+    """Write summary.csv, a row for each clip of each arm and reference, failures and missing ones included; returns the rows."""
+    rows = [_reference_row(directory, name, clip.id) for name in REFERENCES for clip in clips]
+    rows += [_arm_row(directory, arm, clip.id) for arm in arms for clip in clips]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory.root / "summary.csv", text.getvalue())
+    return rows
+
+
+def _reference_row(directory: RunDirectory, name: str, clip_id: str) -> Row:
+    found = read_json(directory.shared / "references" / f"{clip_id}.json")
+    row: Row = {"arm": REFERENCES[name], "clip": clip_id, "status": "done" if found else "missing"}
+    return row | ({s: found["scores"][name][s]["mean"] for s in SCORES} if found else {})
+
+
+def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
+    row: Row = {"arm": arm, "clip": clip_id}
+    result = directory.result(arm, clip_id)
+    if result is None:
+        failure = directory.failure(arm, clip_id)
+        return row | ({"status": "failed", "reason": failure["reason"]} if failure else {"status": "missing"})
+    seconds = result["cost"]["seconds"]
+    return (
+        row
+        | {"status": "done", "steps": result["adaptation"]["steps"], "marks": "; ".join(result["marks"])}
+        | {s: result["scores"][s]["mean"] for s in SCORES}
+        | {f"{p}_seconds": round(seconds[p], 4) for p in PHASES}
+        | {"peak_memory_bytes": result["cost"]["peak_memory_bytes"]}
+    )
+
+
+def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> None:
+    """Print a table of the arms over the clips that all of them finished, so that every row is about the same clips."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [*REFERENCES.values(), *arms]
+    done = {name: {r["clip"] for r in rows if r["arm"] == name and r["status"] == "done"} for name in names}
+    common = set.intersection(*done.values())
+    console = Console(highlight=False, markup=False)
+    if not common:
+        console.print("no clip was finished by every arm, so there is nothing to compare")
+        return
+    title = f"mean over the {len(common)} clips that every arm finished"
+    table = Table("arm", "PSNR dB", "SSIM", "LPIPS", "adapt s", "sample s", "peak GiB", title=title)
+    for name in names:
+        chosen = [r for r in rows if r["arm"] == name and r["clip"] in common]
+
+        def mean(column: str, digits: int, scale: float = 1.0, chosen: list[Row] = chosen) -> str:
+            values = [r.get(column) for r in chosen]
+            numbers = [v for v in values if v is not None and v != ""]
+            return f"{sum(numbers) / len(numbers) / scale:.{digits}f}" if len(numbers) == len(values) else "-"
+
+        table.add_row(
+            name,
+            mean("psnr", 2),
+            mean("ssim", 4),
+            mean("lpips", 4),
+            mean("adapt_seconds", 2),
+            mean("sample_seconds", 2),
+            mean("peak_memory_bytes", 2, 2**30),
+        )
+    console.print(table)
+    for mark in marks:
+        console.print(f"NOTE: {mark}")
+
+
+def write_comparisons(
+    directory: RunDirectory, clips: list[Clip], arms: list[str], window: Window, progress: RunProgress
+) -> None:
+    """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only."""
+    from .data.video import read_window, side_by_side, write_video
+
+    for clip in clips:
+        videos = [directory.clip(arm, clip.id) / "video.mp4" for arm in arms]
+        target = directory.comparison(clip.id)
+        if not all(video.exists() for video in videos) or _newer(target, videos):
+            continue
+        frames, fps = window.total_frames, window.fps
+        height, width = _size(videos[0])
+        columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
+        for arm, video in zip(arms, videos, strict=True):
+            columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
+        write_video(target, side_by_side(columns, window.known_frames), fps)
+
+
+def _newer(target: Path, sources: list[Path]) -> bool:
+    return target.exists() and all(target.stat().st_mtime_ns >= s.stat().st_mtime_ns for s in sources)
+
+
+def _size(video: Path) -> tuple[int, int]:
+    """Height and width of a video file that this run wrote."""
+    import av
+
+    with av.open(str(video)) as container:
+        stream = container.streams.video[0]
+        return stream.height, stream.width
