@@ -25,7 +25,7 @@ def explain(errors: list[ErrorDetails], values: dict[str, Any], recipe_type: typ
     """Each mistake once, as its key and what is wrong; unknown keys first, as they explain missing ones."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for error in errors:
-        by_path.setdefault(_path(error["loc"], values), []).append(error)
+        by_path.setdefault(_path(error), []).append(error)
     order = sorted(by_path.items(), key=lambda item: item[1][0]["type"] != "unexpected_keyword_argument")
     return [_explain(path, same, values, recipe_type) for path, same in order]
 
@@ -41,52 +41,46 @@ def keys_of(section: KeyPath, values: dict[str, Any], recipe_type: type) -> tupl
     return section[0], sorted(field.name for field in fields(get_type_hints(recipe_type)[section[0]]))
 
 
-def _path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
-    """The key a location names, without the names of union members that pydantic adds to it."""
-    parts = list(loc)
-    if len(parts) > 2 and parts[0] == "arms":
-        del parts[2]  # the method's kind, or [key] for a bad name
-    path = []
-    for part in parts:
-        if isinstance(values, dict):
-            values = values.get(part)
-        elif isinstance(values, list) and isinstance(part, int):
-            values = values[part] if part < len(values) else None
-        else:
-            break  # the member of a plain union
-        path.append(str(part))
-    return tuple(path)
+def _path(error: ErrorDetails) -> KeyPath:
+    """The key at fault, without the names of union members that pydantic adds to it."""
+    parts = list(error["loc"])
+    depth = 2
+    if parts[:1] == ["arms"]:
+        del parts[2:3]  # the method's kind, or [key] for a bad name
+        depth = 3
+    if error["type"] == "missing" and isinstance(parts[-1], int):
+        parts.pop()  # a list that is too short is at fault, not the entry it lacks
+    return tuple(str(part) for i, part in enumerate(parts) if i < depth or isinstance(part, int))
 
 
-def _explain(
-    path: KeyPath, same: list[ErrorDetails], values: dict[str, Any], recipe_type: type
-) -> tuple[KeyPath, str]:
+def _explain(path: KeyPath, same: list[ErrorDetails], values: dict[str, Any], recipe_type: type) -> tuple[KeyPath, str]:
     error, context = same[0], same[0].get("ctx", {})
+    was = f"was {_shown(error['input'])}"
     match error["type"]:
         case "unexpected_keyword_argument":
             section, keys = keys_of(path[:-1], values, recipe_type)
             return path, f"unknown key{perhaps(path[-1], keys)}; {section} takes {', '.join(keys)}"
-        case "missing" if not path[-1].isdigit():
+        case "missing" if isinstance(error["loc"][-1], str):
             return path, f"missing; write it in the recipe or give the override {'.'.join(path)}=..."
+        case "missing":
+            return path, f"should have {int(same[-1]['loc'][-1]) + 1} entries, had {len(error['input'])}"
+        case "too_long":
+            return path, f"should have {context['max_length']} entries, had {context['actual_length']}"
         case "union_tag_not_found":
             return (*path, "kind"), f"missing; it is one of {', '.join(METHODS)}"
         case "union_tag_invalid":
-            known = ", ".join(METHODS)
-            return (*path, "kind"), f"should be one of {known}, was {_shown(context['tag'])}{perhaps(context['tag'], list(METHODS))}"
+            tag = error["input"]["kind"]
+            close = perhaps(str(tag), list(METHODS))
+            return (*path, "kind"), f"should be one of {', '.join(METHODS)}, was {_shown(tag)}{close}"
         case "value_error":
             return path, str(context["error"])
         case "greater_than_equal":
-            return path, f"should be at least {context['ge']}, was {_shown(error['input'])}"
+            return path, f"should be at least {context['ge']}, {was}"
         case "string_too_short":
             return path, "should not be empty"
         case "string_pattern_mismatch":
-            return path, "the name of an arm becomes a folder: it should be made of letters, digits, _ and -"
-        case "too_long" | "missing":
-            given = error["input"]
-            wanted = context.get("max_length", "more")
-            return path, f"should have {wanted} entries, had {len(given)}"
-    expected = " or ".join(dict.fromkeys(_expected(one) for one in same))
-    return path, f"should be {expected}, was {_shown(error['input'])}"
+            return path, "an arm's name becomes a folder: it should be made of letters, digits, _ and -"
+    return path, f"should be {' or '.join(dict.fromkeys(map(_expected, same)))}, {was}"
 
 
 def _expected(error: ErrorDetails) -> str:
