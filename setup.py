@@ -30,7 +30,7 @@ setup(
         "numpy>=2.0",
         "pyyaml>=6.0.2",
         "pydantic>=2.10,<3",
-        "av>=14",
+        "av>=18",
         "opencv-python>=4.12",
         "lpips==0.1.4",
         "transformers>=5,<6",

@@ -19,6 +19,7 @@ import torch
 
 from ..engine.adaptation import AdaptationSettings
 from ..engine.clip import Experiment, Known, continue_clip, encode_known, timed
+from ..engine.determinism import make_deterministic
 from ..engine.environment import describe_environment
 from ..engine.memory import peak_memory, reset_peak_memory
 from ..engine.methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
@@ -90,9 +91,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--methods", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--check", action="store_true", help="also run each clip twice and compare bits")
+    parser.add_argument("--nondeterministic", action="store_true", help="let torch choose algorithms freely")
     arguments = parser.parse_args()
+    if not arguments.nondeterministic:
+        make_deterministic()
     device = torch.device("cuda")
     environment = describe_environment(device)
+    environment["deterministic"] = not arguments.nondeterministic
     print(json.dumps(environment))
     experiment = build(device)
     pixels = torch.rand(3, 45, 480, 640, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)

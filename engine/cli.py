@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from .errors import Interrupted, UserError
 from .fetch import What
-from .recipe_files import find_recipe, list_recipes, parse_overrides
+from .recipe_files import list_recipes, read_layers
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
-    except (KeyboardInterrupt, Interrupted):
-        print("interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"interrupted {error}".rstrip(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it exits
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    recipe = _load(args)
     from .recipe import dump_recipe
 
-    recipe = _load(args)
     if not args.quiet:
         print(dump_recipe(recipe), flush=True)
     from .run import run
@@ -90,8 +90,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> "Recipe":
-    find_recipe(args.recipe)  # mistakes that need no torch are told at once
-    parse_overrides(args.overrides)
+    read_layers(args.recipe, args.overrides)  # mistakes in the YAML are told at once: torch takes two seconds to import
     from .recipe import load_recipe
 
     return load_recipe(args.recipe, args.overrides)

@@ -136,6 +136,7 @@ def recipe_schema() -> dict[str, Any]:
     documented = _inherited_descriptions()
     for name, definition in types.items():
         definition.pop("required", None)
+        definition["additionalProperties"] = False  # as they are validated; pydantic below 2.14 leaves it out
         for key, text in documented.get(name, {}).items():
             definition["properties"][key].setdefault("description", text)
     for method in METHODS.values():

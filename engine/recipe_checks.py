@@ -50,24 +50,6 @@ UNREAD = [
         lambda r: not (r.sampler.oscillate_text or r.sampler.oscillate_image),
         "with sampler.oscillate_text and sampler.oscillate_image off every step guides",
     ),
-    Unread(
-        ("sampler", "oscillate_text"),
-        ("sampler.text_guidance",),
-        lambda r: r.sampler.text_guidance == 1,
-        "with sampler.text_guidance: 1 even and odd steps are the same",
-    ),
-    Unread(
-        ("sampler", "oscillate_image"),
-        ("sampler.image_guidance",),
-        lambda r: r.sampler.image_guidance == 1,
-        "with sampler.image_guidance: 1 even and odd steps are the same",
-    ),
-    Unread(
-        ("sampler", "decreasing_image_weight"),
-        ("sampler.image_guidance",),
-        lambda r: r.sampler.image_guidance <= 1,
-        "with sampler.image_guidance of at most 1 there is nothing to decrease",
-    ),
 ]
 
 

@@ -331,6 +331,7 @@ def session_paths(session: Session) -> dict[str, Any]:
     return {
         "device": device_name(session.models.dit.device),
         "dtype": session.recipe.model.dtype,
+        "deterministic": session.recipe.model.deterministic,
         "torch": torch.__version__,
         "attention": "torch scaled_dot_product_attention",
         "compile": "none",

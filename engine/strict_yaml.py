@@ -41,15 +41,25 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012
+    # Line breaks to YAML 1.1 that PyYAML writes bare, and reads back as a line break of the file.
+    odd_breaks = re.compile("[\x85\u2028\u2029]")
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.Node:
+        style = '"' if self.odd_breaks.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+    def represent_list(self, data: list) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
 for _tag, _pattern, _first in CORE_SCHEMA:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), _first)
-_Dumper.add_representer(list, lambda d, v: d.represent_sequence("tag:yaml.org,2002:seq", v, flow_style=True))
+_Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def parse(text: str) -> Any:
@@ -65,7 +75,7 @@ def parse(text: str) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}{error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
-        raise ValueError(f"the character {error.character!r} is not allowed in YAML") from error
+        raise ValueError(f"the character U+{error.character:04X} is not allowed in YAML") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -80,6 +90,7 @@ def _value(node: yaml.Node) -> Any:
         return [_value(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         return _mapping(node)
+    assert isinstance(node, yaml.ScalarNode)
     text = node.value
     match node.tag.rpartition(":")[2]:
         case "null":

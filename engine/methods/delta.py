@@ -256,6 +256,7 @@ class DeltaAdapter:
     @torch.no_grad()
     def restore(self) -> None:
         self.layer.d.zero_()
+        self.layer.edges.zero_()
 
     def detach(self) -> None:
         self.model.final_layer = self.base

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from ..determinism import make_deterministic
 from ..errors import UserError
 from .checkpoint import load_strict, open_state, read_config, resolve_source, state_hash
 from .rule_weights import fill_by_rule
@@ -38,6 +39,8 @@ class ModelSettings:
     """What the transformer and the autoencoder compute in; the text encoder is float32, as in the official inference."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, or cuda:N."""
+    deterministic: bool = True
+    """Use deterministic algorithms alone, so that the same inputs give the same bits on the same card and versions."""
     allow_untrained: bool = False
     """Allow weights that were never trained; every output is then marked."""
 
@@ -105,6 +108,8 @@ def check_conditioning(dit: STDiT3, source: str) -> None:
 
 def load_models(settings: ModelSettings) -> Models:
     """Load transformer and autoencoder; raises UserError for anything missing, misshapen, or untrained without leave."""
+    if settings.deterministic:
+        make_deterministic()
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
     dit, dit_trained = load_dit(settings.dit, device, dtype)
     vae, vae_trained = load_vae(settings.vae, device, dtype)
