@@ -29,7 +29,7 @@ setup(
         'triton>=3.6,<3.8; platform_system=="Linux"',
         "numpy>=2.0",
         "pyyaml>=6.0.2",
-        "pydantic>=2.10,<3",
+        "pydantic>=2.11,<3",
         "av>=18",
         "opencv-python>=4.12",
         "lpips==0.1.4",

@@ -20,7 +20,7 @@ from .flow import sampling_timesteps
 from .memory import peak_memory, reset_peak_memory
 from .methods.optimize import Trace
 from .methods.protocol import Adapter, Change
-from .models.stdit3 import STDiT3, Caption, Condition
+from .models.stdit3 import Caption, Condition, STDiT3
 from .models.vae import VAE
 from .sampler import ContinuationGuidance, SamplerSettings, sample
 from .seeds import normal
@@ -118,8 +118,7 @@ def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Prog
         sampled_frames=experiment.window.model_frames,
         sampling_steps=experiment.sampler.steps,
     )
-    total = getattr(getattr(adapter, "settings", None), "steps", 1)
-    return adapter.adapt(task, lambda step, loss: progress("adapt", step + 1, total))
+    return adapter.adapt(task, lambda step, loss: progress("adapt", step + 1, adapter.steps))
 
 
 def sample_continuation(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Tensor:

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("vidtta", "torch", "triton", "torchvision", "transformers", "lpips", "av", "numpy", "flash-attn-4", "xformers")
+PACKAGES = (
+    "vidtta",
+    "torch",
+    "triton",
+    "torchvision",
+    "transformers",
+    "lpips",
+    "av",
+    "numpy",
+    "flash-attn-4",
+    "xformers",
+)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Peak memory of a phase: of the caching allocator on a GPU, of the process on a CPU."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,10 +11,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the process's high-water mark (proc(5))
-    except OSError:
-        pass
 
 
 def peak_memory(device: torch.device) -> int | None:

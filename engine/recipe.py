@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -20,7 +21,7 @@ from .methods import METHODS, AnyMethod
 from .models.load import ModelSettings
 from .recipe_checks import BASELINE, contradictions, unread, warnings
 from .recipe_errors import explain
-from .recipe_files import KeyPath, Layers, list_recipes, read_layers
+from .recipe_files import KeyPath, Layers, find_recipe, list_recipes, read_layers
 from .sampler import SamplerSettings
 from .window import Window
 
@@ -117,7 +118,17 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     if inherited:
         recipe = _validate(values, layers, single)
     _raise(layers, single, problems + contradictions(recipe))
-    return recipe
+    return _beside(recipe, find_recipe(path_or_name).parent)
+
+
+def _beside(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative paths to data that are not in the working directory but are beside the recipe, as paths that lead there."""
+    found = {
+        name: str(folder / value)
+        for name in ("clips", "captions")
+        if (value := getattr(recipe.data, name)) and not Path(value).exists() and (folder / value).exists()
+    }
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **found)) if found else recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:

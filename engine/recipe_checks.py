@@ -81,13 +81,17 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
     return found
 
 
+TRAINED_AREAS = (360 * 640, 720 * 1280)  # 360p and 720p: every aspect ratio of a bucket has about its area
+
+
 def warnings(recipe: "Recipe") -> list[str]:
     """What is allowed, but was not what the published weights were trained for."""
     if recipe.model.dit.partition(":")[0] == "embedded":
         return []
     found = []
     data, window = recipe.data, recipe.window
-    if min(data.height, data.width) not in (360, 720):
+    area = data.height * data.width
+    if not any(abs(area / trained - 1) < 0.02 for trained in TRAINED_AREAS):
         found.append(f"{data.width}x{data.height} lies outside the sizes v1.3 was trained at (360p, 720p)")
     if window.model_frames % 16 != 1:
         frames = f"{window.model_frames} frames ({window.latent_frames} latents)"

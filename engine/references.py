@@ -24,7 +24,9 @@ def reference_scores(
     """
     truth = pixels_3FHW[:, window.scored.start : window.scored.stop]
     last = pixels_3FHW[:, window.known_frames - 1 : window.known_frames].expand_as(truth)
-    latents = vae.encode(pixels_3FHW[None])
+    missing = (1 - pixels_3FHW.shape[1]) % 4  # the VAE drops frames beyond 4 k + 1: hold the last one
+    padded = torch.cat([pixels_3FHW, pixels_3FHW[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    latents = vae.encode(padded[None])
     rebuilt = vae.decode(latents, window.scored)[0].float()
     return {
         "copy_last_frame": score_frames(last, truth, lpips=lpips, lpips_reason=lpips_reason),

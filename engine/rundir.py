@@ -30,6 +30,9 @@ class RunDirectory:
     def clip(self, arm: str, clip_id: str) -> Path:
         return self.root / "arms" / arm / "clips" / clip_id
 
+    def reference(self, clip_id: str) -> Path:
+        return self.shared / "references" / f"{clip_id}.json"
+
     def comparison(self, clip_id: str) -> Path:
         return self.root / "comparisons" / f"{clip_id}.mp4"
 

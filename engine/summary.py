@@ -2,19 +2,29 @@
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .data.clips import Clip
 from .files import write_text
-from .progress import RunProgress
 from .references import REFERENCES
 from .rundir import RunDirectory, read_json
 from .window import Window
 
 SCORES = ("psnr", "ssim", "lpips", "mse")
 PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
-COLUMNS = ["arm", "clip", "status", *SCORES, *(f"{p}_seconds" for p in PHASES), "peak_memory_bytes", "steps", "marks", "reason"]
+COLUMNS = [
+    "arm",
+    "clip",
+    "status",
+    *SCORES,
+    *(f"{p}_seconds" for p in PHASES),
+    "peak_memory_bytes",
+    "steps",
+    "marks",
+    "reason",
+]
 
 Row = dict[str, Any]
 
@@ -32,7 +42,7 @@ def write_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -
 
 
 def _reference_row(directory: RunDirectory, name: str, clip_id: str) -> Row:
-    found = read_json(directory.shared / "references" / f"{clip_id}.json")
+    found = read_json(directory.reference(clip_id))
     row: Row = {"arm": REFERENCES[name], "clip": clip_id, "status": "done" if found else "missing"}
     return row | ({s: found["scores"][name][s]["mean"] for s in SCORES} if found else {})
 
@@ -90,19 +100,22 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
 
 
 def write_comparisons(
-    directory: RunDirectory, clips: list[Clip], arms: list[str], window: Window, progress: RunProgress
+    directory: RunDirectory, clips: list[Clip], arms: list[str], window: Window, check_stop: Callable[[], None]
 ) -> None:
     """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only."""
     from .data.video import read_window, side_by_side, write_video
 
     for clip in clips:
+        check_stop()
         videos = [directory.clip(arm, clip.id) / "video.mp4" for arm in arms]
         target = directory.comparison(clip.id)
         if not all(video.exists() for video in videos) or _newer(target, videos):
             continue
         frames, fps = window.total_frames, window.fps
         height, width = _size(videos[0])
-        columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
+        columns = [
+            ("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))
+        ]
         for arm, video in zip(arms, videos, strict=True):
             columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
         write_video(target, side_by_side(columns, window.known_frames), fps)

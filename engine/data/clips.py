@@ -33,10 +33,10 @@ class Data:
     """captions.txt with `name: caption` lines; clips that it does not name, or all without it, are described by their names."""
 
     height: int = 480
-    """Pixels, a multiple of 16; pictures are scaled to fill the frame and cropped around the centre."""
+    """Pixels, a multiple of 8; pictures are scaled to fill the frame and cropped around the centre."""
 
     width: int = 640
-    """Pixels, a multiple of 16."""
+    """Pixels, a multiple of 8."""
 
     limit: int | None = None
     """Only the first so many clips of the list."""
@@ -45,8 +45,10 @@ class Data:
         if not self.clips:
             raise ValueError("clips is empty; give a folder of videos or a .csv manifest")
         for name, value in (("height", self.height), ("width", self.width)):
-            if value <= 0 or value % 16:
-                raise ValueError(f"{name} is {value}; it must be a positive multiple of 16 (VAE 8 times patch 2)")
+            if value <= 0 or value % 8:
+                raise ValueError(
+                    f"{name} is {value}; it must be a positive multiple of 8 (what the VAE divides sizes by)"
+                )
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1, or left out for all clips")
 

@@ -142,16 +142,26 @@ class DeltaFinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class CachedDraw:
-    """A draw behind the last layer: the state of the tokens that count, and what is left to explain there, [1, N, 4C] float32."""
+    """A draw behind the last layer. state: of the tokens that count; residual: what is left to explain there, [1, N, 4C]
+    float32; weight: the same shape, 1 inside the latent and 0 where an odd side pads the last patch."""
 
     state: Embedded
     residual: Tensor
+    weight: Tensor
     zero_loss: Tensor
+
+
+def to_patches(x_BCTHW: Tensor) -> Tensor:
+    """Patches in the final layer's order (row, column, channel), [B, N, 4C]; odd sides are padded with zeros."""
+    height, width = x_BCTHW.shape[-2:]
+    x = F.pad(x_BCTHW, (0, width % 2, 0, height % 2))
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 3, 5, 4, 6, 1).flatten(-3).flatten(1, 3)
 
 
 class DeltaAdapter:
     def __init__(self, settings: Delta | DeltaClosedForm, model: STDiT3) -> None:
         self.settings = settings
+        self.steps = settings.steps if isinstance(settings, Delta) else 1
         self.model = model
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -176,22 +186,16 @@ class DeltaAdapter:
         counted = state.tokens[:, task.first_counted * task.geometry.tokens_per_frame :].clone()
         state = state._replace(tokens=counted)
         target = task.target(draw)
-        assert target.shape[-2] % 2 == 0 and target.shape[-1] % 2 == 0, "the latent must be whole patches"
-        patches = (
-            target.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 3, 5, 4, 6, 1)
-        )  # [B, T, H, W, 2, 2, C]
-        patches = patches.flatten(-3).flatten(1, 3)
         base = self.base(state.tokens, state.time, state.timestep).float()[..., self.used]
-        return CachedDraw(state, patches - base, task.zero_loss(draw))
+        weight = to_patches(torch.ones_like(target))
+        return CachedDraw(state, (to_patches(target) - base) * weight, weight, task.zero_loss(draw))
 
     def loss(self, cached: list[CachedDraw]) -> Tensor:
         """Mean squared error over all draws."""
-        errors = [
-            (c.residual - self.layer.added(c.state.tokens, c.state.time, c.state.timestep)[..., self.used])
-            .square()
-            .mean()
-            for c in cached
-        ]
+        errors = []
+        for c in cached:
+            added = self.layer.added(c.state.tokens, c.state.time, c.state.timestep)[..., self.used]
+            errors.append((c.residual - added * c.weight).square().sum() / c.weight.sum())
         return torch.stack(errors).mean()
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
@@ -230,9 +234,10 @@ class DeltaAdapter:
         right = torch.zeros(width, dtype=torch.float64, device=self.layer.d.device)
         for c in cached:
             M = self.layer.map_of(c.state.time)[0, self.used].double()  # [4C, D]
-            mean_residual = c.residual.double().mean((0, 1))  # over tokens, [4C]
-            normal += M.T @ M / (len(M) * draws)
-            right += M.T @ mean_residual / (len(M) * draws)
+            tokens = c.weight.double().sum((0, 1))  # how many count for each output, [4C]
+            total = tokens.sum() * draws
+            normal += M.T @ (tokens[:, None] * M) / total
+            right += M.T @ c.residual.double().sum((0, 1)) / total
         if self.settings.ridge == 0:
             return (torch.linalg.pinv(normal, hermitian=True) @ right).float()
         normal.diagonal().add_(self.settings.ridge)
@@ -251,7 +256,7 @@ class DeltaAdapter:
             self.model.final_layer = self.layer  # type: ignore[assignment]
 
     def state(self) -> dict[str, Tensor]:
-        return {"d": self.layer.d.detach().cpu(), "edges": self.layer.edges.cpu()}
+        return {name: getattr(self.layer, name).detach().to("cpu", copy=True) for name in ("d", "edges")}
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -32,6 +32,7 @@ class FullAdapter:
 
     def __init__(self, settings: FullFineTuning, model: STDiT3) -> None:
         self.settings = settings
+        self.steps = settings.steps
         self.model = model
         self.trained = {n: p for n, p in model.named_parameters() if n != "rope.freqs"}
         for parameter in self.trained.values():

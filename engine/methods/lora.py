@@ -87,6 +87,7 @@ class LoRALinear(nn.Module):
 class LoRAAdapter:
     def __init__(self, settings: LoRA, model: STDiT3, recipe_seed: int) -> None:
         self.settings = settings
+        self.steps = settings.steps
         self.model = model
         layers = model.layers
         count = len(layers) if settings.last_layers == "all" else settings.last_layers
@@ -180,7 +181,8 @@ class LoRAAdapter:
                 setattr(parent, name, adapter)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{n}.{k}": getattr(a, k).detach().cpu() for n, a in self.adapters.items() for k in ("A", "B")}
+        pairs = ((f"{name}.{key}", getattr(a, key)) for name, a in self.adapters.items() for key in ("A", "B"))
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in pairs}
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -27,6 +27,8 @@ class NoAdaptation:
 
 
 class NoAdapter:
+    steps = 0
+
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
         return Trace()
 

@@ -35,6 +35,11 @@ class Change:
 class Adapter(Protocol):
     """A method attached to a network."""
 
+    @property
+    def steps(self) -> int:
+        """Steps that `adapt` will take."""
+        ...
+
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
         """Adapt to a clip, from the restored state. on_step(step, loss) may raise to stop."""
         ...
@@ -48,7 +53,7 @@ class Adapter(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The adapted state, by name, for a recipe that keeps it; full fine-tuning gives the difference from the base."""
+        """A copy of the adapted state, by name, for a recipe that keeps it; of full fine-tuning, the difference from the base."""
         ...
 
     def restore(self) -> None:

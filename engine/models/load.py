@@ -4,6 +4,7 @@
 filled by a fixed rule: the whole path runs on them, but what they generate means nothing, so a recipe must allow it.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise UserError(f"model.device was {name!r}, which is not here; use auto or one of {['cpu', *found]}") from error
+        raise UserError(
+            f"model.device was {name!r}, which is not here; use auto or one of {['cpu', *found]}"
+        ) from error
     return device
 
 
@@ -111,6 +114,9 @@ def load_models(settings: ModelSettings) -> Models:
     if settings.deterministic:
         make_deterministic()
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        # Some virtual machines announce AMX and kill a program that uses it; oneDNN then takes AVX-512 or less.
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     dit, dit_trained = load_dit(settings.dit, device, dtype)
     vae, vae_trained = load_vae(settings.vae, device, dtype)
     check_conditioning(dit, settings.dit)

@@ -21,11 +21,14 @@ from .geometry import Geometry, build_geometry
 from .rope import Rope
 
 # Fields of the published config.json that choose kernels or training behaviour, not the function computed here.
-_RUNTIME_FIELDS = frozenset(
-    """input_size class_dropout_prob drop_path enable_flash_attn enable_layernorm_kernel enable_sequence_parallelism
-    only_train_temporal freeze_y_embedder skip_y_embedder use_cond model_type architectures torch_dtype dtype
-    transformers_version auto_map force_huggingface _name_or_path""".split()
-)
+# fmt: off
+_RUNTIME_FIELDS = frozenset((
+    "input_size", "class_dropout_prob", "drop_path", "enable_flash_attn", "enable_layernorm_kernel",
+    "enable_sequence_parallelism", "only_train_temporal", "freeze_y_embedder", "skip_y_embedder", "use_cond",
+    "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "force_huggingface",
+    "_name_or_path",
+))
+# fmt: on
 _REQUIRED_VALUES = {
     "patch_size": [1, 2, 2],
     "kernel_size": [8, 8, -1],

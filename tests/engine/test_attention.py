@@ -42,7 +42,8 @@ def padded_windows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return x.permute(0, 2, 4, 3, 5, 1, 6, 7).reshape(B * down * across, 64 * T, H, d)  # time runs fastest
 
     mask = valid.view(down, 8, across, 8).permute(0, 2, 1, 3).reshape(down * across, 64)
-    out = written_out(*map(to_windows, (q, k, v)), mask.repeat_interleave(T, 1).repeat(B, 1))
+    mask = mask.repeat_interleave(T, 1).repeat(B, 1)
+    out = written_out(to_windows(q), to_windows(k), to_windows(v), mask)
     out = out.view(B, down, across, 8, 8, T, H, d).permute(0, 5, 1, 3, 2, 4, 6, 7)
     return out.reshape(B, T, down * 8, across * 8, H, d)[:, :, :rows, :cols]
 

@@ -44,9 +44,9 @@ def manifest(folder, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"height": 100}, "height is 100; it must be a positive multiple of 16"),
-        ({"width": 0}, "width is 0; it must be a positive multiple of 16"),
-        ({"width": -16}, "width is -16; it must be a positive multiple of 16"),
+        ({"height": 100}, "height is 100; it must be a positive multiple of 8"),
+        ({"width": 0}, "width is 0; it must be a positive multiple of 8"),
+        ({"width": -16}, "width is -16; it must be a positive multiple of 8"),
         ({"limit": 0}, "limit is 0; it must be at least 1"),
         ({"clips": ""}, "clips is empty; give a folder of videos or a .csv manifest"),
     ],

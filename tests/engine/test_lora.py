@@ -84,7 +84,7 @@ def test_change_measures_what_is_added():
         1.5 * state[f"{name}.B"].bfloat16().double() @ state[f"{name}.A"].bfloat16().double()
         for name in adapter.adapters
     ]
-    assert change.effective == pytest.approx(torch.stack([a.norm() for a in added if a.numel()]).norm().item(), rel=1e-5)
+    assert change.effective == pytest.approx(torch.stack([a.norm() for a in added]).norm().item(), rel=1e-5)
     moves = torch.cat([(state[name] - start[name]).flatten() for name in state])
     assert change.master == pytest.approx(moves.norm().item(), rel=1e-5)
     assert change.changed == sum(int((state[n].bfloat16() != start[n].bfloat16()).sum()) for n in state)
@@ -153,7 +153,7 @@ def test_gradients_through_the_network_agree_with_finite_differences(monkeypatch
     for kind in (0, 1):
         slope = sum((g * d).sum().item() for g, d in list(zip(gradients, directions, strict=True))[kind::2])
         # Five points: the error is of fourth order in the step.
-        h = 1e-3
+        h = 1e-4
         far, near = (loss_at(kind, s * h) - loss_at(kind, -s * h) for s in (2, 1))
         assert abs(slope) > 1e-2
         assert (8 * near - far) / (12 * h) == pytest.approx(slope, rel=1e-6)

@@ -56,15 +56,17 @@ def tensors(model: STDiT3) -> dict[str, Tensor]:
 
 
 def adapt(adapter: Adapter, model: STDiT3, clip_id: str = "clip") -> tuple[Trace, dict[str, Tensor]]:
-    trace = adapter.adapt(tiny_task(model, clip_id=clip_id), ignore)
-    return trace, {key: tensor.clone() for key, tensor in adapter.state().items()}
+    return adapter.adapt(tiny_task(model, clip_id=clip_id), ignore), adapter.state()
 
 
 @cache
 def on_a_new_network(name: str, dtype: torch.dtype) -> tuple[Trace, dict[str, Tensor]]:
-    """What a method makes of the clip as the first thing that ever happens to a network."""
+    """What a method makes of the clip as the first thing that ever happens to a network; its state outlives a restore."""
     model = network(dtype)
-    return adapt(CASES[name].attach(model, 0), model)
+    adapter = CASES[name].attach(model, 0)
+    trace, state = adapt(adapter, model)
+    adapter.restore()
+    return trace, state
 
 
 def assert_as_on_a_new_network(name: str, dtype: torch.dtype, trace: Trace, state: dict[str, Tensor]) -> None:
@@ -72,6 +74,7 @@ def assert_as_on_a_new_network(name: str, dtype: torch.dtype, trace: Trace, stat
     assert trace == expected_trace
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[key], expected_state[key]) for key in state)
+    assert any(tensor.any() for tensor in state.values()) == (name != "none")
 
 
 @each_method
@@ -116,7 +119,7 @@ def test_only_what_is_trained_changes_and_each_step_is_reported(name, dtype):
 
     trace = adapter.adapt(tiny_task(model), lambda step, loss: calls.append((step, loss)))
     steps = 0 if name == "none" else getattr(method, "steps", 1)
-    assert trace.steps == steps
+    assert trace.steps == adapter.steps == steps
     assert [step for step, _ in calls] == list(range(steps))
     assert [loss for _, loss in calls] == trace.losses[:steps]
     assert len(trace.zero_losses) == len(trace.losses)

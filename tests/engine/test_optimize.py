@@ -122,7 +122,9 @@ def test_moments_start_from_zero(dtype):
     def run() -> tuple[Trace, Tensor]:
         masters.reset([start])
         masters.publish()
-        return optimize(masters, settings, lambda step: linear_loss([weight], step)), masters.tensors[0].detach().clone()
+        return optimize(masters, settings, lambda step: linear_loss([weight], step)), masters.tensors[
+            0
+        ].detach().clone()
 
     (first_trace, first), (second_trace, second) = run(), run()
     assert torch.equal(first, second)
@@ -149,11 +151,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, d
     (weight,) = parameters(dtype)
     masters, steps = Masters([weight]), []
     with pytest.raises(
-        FloatingPointError, match="^the loss or its gradient is not finite at step 2; a smaller lr may help$"
+        FloatingPointError, match=r"^the loss or its gradient is not finite at step 2; a smaller lr may help$"
     ):
-        optimize(
-            masters, settings, lambda step: loss([weight], step), on_step=lambda step, value: steps.append(step)
-        )
+        optimize(masters, settings, lambda step: loss([weight], step), on_step=lambda step, value: steps.append(step))
     assert steps == [0, 1]
     assert weight.grad is None and masters.tensors[0].grad is None
     (other,) = parameters(dtype)

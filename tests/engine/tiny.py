@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from vidtta.engine.adaptation import AdaptationSettings, Task
-from vidtta.engine.clip import Experiment, Known
+from vidtta.engine.clip import Experiment, Known, encode_known
 from vidtta.engine.models.rule_weights import fill_by_rule
 from vidtta.engine.models.stdit3 import Caption, STDiT3, STDiT3Config
 from vidtta.engine.models.vae import VAE, VAEConfig
@@ -79,32 +79,26 @@ def tiny_task(
 
 
 def tiny_experiment(
-    dtype: torch.dtype = torch.float32,
-    *,
-    dit: STDiT3 | None = None,
-    adaptation: AdaptationSettings = FIXED_DRAWS,
-    window: Window | None = None,
-    seed: int = 0,
+    dtype: torch.dtype = torch.float32, adaptation: AdaptationSettings = FIXED_DRAWS, *, window: Window | None = None
 ) -> Experiment:
-    """45 frames of 16 x 32 pixels, 22 known, sampled in 4 steps of which the last two are guided in turn."""
+    """45 frames of 16 x 32 pixels, 22 of them known, sampled in 4 steps: three guided, one with the prompt alone."""
     return Experiment(
-        dit=dit or tiny_dit(dtype),
+        dit=tiny_dit(dtype),
         vae=tiny_vae(dtype),
         window=window or Window(),
         pixel_size=(16, 32),
         sampler=SamplerSettings(steps=4, force_steps=2),
         adaptation=adaptation,
-        seed=seed,
+        seed=0,
     )
 
 
 def tiny_pixels(seed: int = 0) -> Tensor:
-    """A clip's 45 frames, [3, 45, 16, 32] in [-1, 1]: smooth in time, so that latents are not mere noise."""
-    still, drift = noise(seed, 3, 1, 16, 32), noise(seed + 1, 3, 1, 16, 32)
-    return (0.5 * still + 0.5 * torch.linspace(-1, 1, 45)[:, None, None] * drift).clamp(-1, 1)
+    """A clip's 45 frames, [3, 45, 16, 32] in [-1, 1]: a still picture and one that fades in."""
+    still, change = noise(seed, 3, 1, 16, 32), noise(seed + 1, 3, 1, 16, 32)
+    return (0.4 * still + 0.4 * torch.linspace(-1, 1, 45)[:, None, None] * change).clamp(-1, 1)
 
 
-def tiny_known(experiment: Experiment, clip_id: str = "clip", seed: int = 0) -> Known:
-    """Known latents of a clip, [1, 16, 7, 2, 4], not from any pixels."""
-    latents = noise(seed, 1, CHANNELS, experiment.window.known_latents, 2, 4).to(experiment.dit.dtype)
-    return Known(clip_id, latents, tiny_caption())
+def tiny_known(experiment: Experiment, clip_id: str = "clip") -> Known:
+    """What a method may know of the clip whose frames are `tiny_pixels()`; latents [1, 16, 7, 2, 4]."""
+    return Known(clip_id, encode_known(experiment.vae, tiny_pixels(), experiment.window), tiny_caption())

@@ -1,0 +1,173 @@
+"""What stays the same from clip to clip of a run, and what its arms share: captions, known latents, reference scores."""
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .clip import Experiment, encode_known, timed
+from .data.clips import Clip
+from .environment import device_name
+from .files import atomic_path, sha256_json, write_json
+from .metrics.lpips import LPIPS
+from .models.load import Models
+from .models.stdit3 import Caption
+from .references import reference_scores
+from .rundir import RunDirectory, check_same_settings, read_json
+from .seeds import seed_for
+from .text.cache import encode_distinct, text_key
+from .text.encoder import load_text_encoder
+from .text.prompt import prepare_prompt
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Session:
+    """A recipe with its models loaded and its clips listed."""
+
+    recipe: "Recipe"
+    directory: RunDirectory
+    models: Models
+    clips: list[Clip]
+    lpips: LPIPS | None
+    lpips_reason: str | None
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        r = self.recipe
+        return Experiment(
+            self.models.dit, self.models.vae, r.window, (r.data.height, r.data.width), r.sampler, r.adaptation, r.seed
+        )
+
+    @cached_property
+    def text_key(self) -> str:
+        c = self.models.dit.config
+        return text_key(
+            self.recipe.model.text, channels=c.caption_channels, max_length=c.model_max_length, dtype=torch.float32
+        )
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """Everything that shapes a video except the method and the clip, as plain JSON."""
+        r = self.recipe
+        return plain_json(
+            {
+                "seed": r.seed,
+                "window": asdict(r.window),
+                "size": [r.data.height, r.data.width],
+                "prompt": asdict(r.prompt),
+                "sampler": asdict(r.sampler),
+                "text": self.text_key,
+                "weights": self.models.hashes,
+                "dtype": r.model.dtype,
+                "device": self.models.dit.device.type,
+            }
+        )
+
+    def settings(self, arm: str) -> dict[str, Any]:
+        """Everything that shapes an arm's results except the clip, as plain JSON."""
+        method = self.recipe.arms[arm]
+        value: dict[str, Any] = {"protocol": self.protocol, "method": asdict(method)}
+        if method.kind != "none":
+            value["adaptation"] = asdict(self.recipe.adaptation)
+        return plain_json(value)
+
+    def unfinished(self) -> dict[str, list[Clip]]:
+        """Clips without a result, by arm; raises UserError where a result was made under other settings."""
+        return {
+            arm: [c for c in self.clips if not check_same_settings(self.directory, arm, c.id, self.settings(arm))]
+            for arm in self.recipe.arms
+        }
+
+    def captions(self, clips: list[Clip]) -> dict[str, Caption]:
+        """The network's captions by clip id; the text encoder runs over the distinct new ones and leaves the device."""
+        p, config, device = self.recipe.prompt, self.models.dit.config, self.models.dit.device
+        prompts = {c.id: prepare_prompt(c.caption, p.aesthetic, p.motion, p.camera_motion) for c in clips}
+        encoded = encode_distinct(
+            lambda: load_text_encoder(
+                self.recipe.model.text,
+                channels=config.caption_channels,
+                max_length=config.model_max_length,
+                device=device,
+                dtype=torch.float32,
+            ),
+            list(prompts.values()),
+            self.directory.shared / "captions",
+            self.text_key,
+        )
+        return {c: Caption(encoded[prompt].embedding[None].to(device, torch.float32)) for c, prompt in prompts.items()}
+
+    def known_latents(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> tuple[Tensor, float]:
+        """Latents of the known frames and the seconds it took to encode them; encoded once for all arms."""
+        path = self.directory.shared / "latents" / f"{clip.id}-{self._vae_key(content)[:16]}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor("latents").to(pixels_3FHW.device), float(file.metadata()["seconds"])
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass  # not there yet, or damaged: made again
+        seconds: dict[str, float] = {}
+        with timed(seconds, "encode", pixels_3FHW.device):
+            latents = encode_known(self.models.vae, pixels_3FHW, self.recipe.window)
+        with atomic_path(path) as temporary:
+            save_file({"latents": latents.cpu().contiguous()}, temporary, {"seconds": str(seconds["encode"])})
+        return latents, seconds["encode"]
+
+    def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
+        """Write the scores of the references for a clip, once for all arms."""
+        path = self.directory.reference(clip.id)
+        key = sha256_json([self._vae_key(content), self.lpips_reason])
+        if (read_json(path) or {}).get("key") != key:
+            scores = reference_scores(self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason)
+            write_json(path, {"clip": clip.id, "key": key, "scores": scores})
+
+    def _vae_key(self, content: str) -> str:
+        """What decides the latents of a clip whose content has this hash."""
+        protocol = self.protocol
+        return sha256_json(
+            [content, self.models.hashes["vae"], *(protocol[name] for name in ("window", "size", "dtype", "device"))]
+        )
+
+    def describe_window(self) -> dict[str, Any]:
+        """Which frames were seen and which were scored; pixel frames counted from 1, ends included."""
+        window = self.recipe.window
+        return {
+            "known_frames": window.known_frames,
+            "encoded_frames": window.encoded_frames,
+            "known_latents": window.known_latents,
+            "model_frames": window.model_frames,
+            "latent_frames": window.latent_frames,
+            "scored": [window.scored.start + 1, window.scored.stop],
+        }
+
+    def describe_seeds(self, clip_id: str) -> dict[str, int]:
+        """The seeds of a clip's draws: draw 0 of the adaptation, the sampler's start, and step 0's noise on known frames."""
+        seed = self.recipe.seed
+        purposes = ("adaptation", "sampling", "known frames")
+        return {"recipe": seed} | {purpose: seed_for(seed, clip_id, purpose) for purpose in purposes}
+
+    def describe_paths(self) -> dict[str, Any]:
+        """Which code paths compute this run's results."""
+        return {
+            "device": device_name(self.models.dit.device),
+            "dtype": self.recipe.model.dtype,
+            "deterministic": self.recipe.model.deterministic,
+            "torch": torch.__version__,
+            "attention": "torch scaled_dot_product_attention",
+            "compile": "none",
+            "kernels": "none",
+            "posterior": "mode",
+        }
+
+
+def plain_json(value: Any) -> Any:
+    """A value as JSON holds it: tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain_json(item) for key, item in value.items()}
+    return [plain_json(item) for item in value] if isinstance(value, list | tuple) else value

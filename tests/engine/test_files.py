@@ -1,0 +1,93 @@
+"""A file is whole or as it was, whatever happens while it is written."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from vidtta.engine.files import atomic_path, sha256_file, sha256_json, write_json, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_file_appears_when_it_is_whole(tmp_path: Path):
+    path = tmp_path / "new" / "deeper" / "video.mp4"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"frames")
+        assert not path.exists()
+        assert temporary.parent == path.parent and temporary.suffix == ".mp4" and temporary.name.startswith(".tmp-")
+    assert path.read_bytes() == b"frames"
+    assert names(path.parent) == ["video.mp4"]
+
+
+def stop_halfway(path: Path, error: type[BaseException]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_content(tmp_path: Path, error: type[BaseException]):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(error):
+        stop_halfway(path, error)
+    assert path.read_text() == "old" and names(tmp_path) == ["result.json"]
+
+
+def test_an_exception_leaves_no_new_file(tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        stop_halfway(tmp_path / "result.json", RuntimeError)
+    assert names(tmp_path) == []
+
+
+def test_content_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A crash of the machine may otherwise leave an empty file under the final name."""
+    path, events = tmp_path / "result.json", []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(f"sync, exists {path.exists()}"), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append("replace"), replace(self, target)))
+    write_text(path, "text")
+    assert events == ["sync, exists False", "replace", "sync, exists True"]
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path):
+    path = tmp_path / "result.json"
+    with atomic_path(path) as first, atomic_path(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and names(tmp_path) == ["result.json"]
+
+
+def test_text_is_utf8(tmp_path: Path):
+    write_text(tmp_path / "a.txt", "é\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\n"
+
+
+def test_json_comes_back(tmp_path: Path):
+    value = {"psnr": 21.5, "frames": [22, 23], "note": None}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == value and text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_json_is_refused(tmp_path: Path, value: float):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"psnr": value})
+    assert path.read_text() == "old" and names(tmp_path) == ["result.json"]
+
+
+def test_checksums(tmp_path: Path):
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")
+    assert sha256_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    canonical = hashlib.sha256(b'{"a":[1,2],"b":null}').hexdigest()
+    assert sha256_json({"b": None, "a": [1, 2]}) == sha256_json({"a": [1, 2], "b": None}) == canonical
+    assert sha256_json({"a": [2, 1], "b": None}) != canonical
