@@ -45,7 +45,8 @@ def main() -> None:
         with torch.no_grad():
             alone, whole = encode_known(vae, pixels, window).float(), vae.encode(pixels[None]).float()
         whole = whole[:, :, : window.known_latents]
-        distance = (alone - whole).norm(dim=(0, 1, 3, 4)) / whole.norm(dim=(0, 1, 3, 4))
+        missing, size_of = ((x.square().sum(dim=(0, 1, 3, 4))).sqrt() for x in (alone - whole, whole))
+        distance = missing / size_of
         distances.append(distance)
         print(f"{clip.id}: " + " ".join(f"{d:.4f}" for d in distance.tolist()))
     if distances:

@@ -106,6 +106,8 @@ def continue_clip(
 
 def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Trace:
     """Adapt to the known latents."""
+    if not adapter.steps:
+        return Trace()  # nothing is learnt, so the window need not leave a known latent frame to predict
     task = Task(
         experiment.dit,
         known.latents,

@@ -3,11 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -41,6 +45,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinity are refused (they are not JSON)."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically, from any device; raises OSError where the disk refuses, as the others do."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors puts a file in its place that others cannot read
+        try:
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))  # the system's error is inside its text alone
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        temporary.chmod(mode)
 
 
 def sha256_file(path: Path) -> str:

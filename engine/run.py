@@ -3,12 +3,12 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
@@ -16,7 +16,7 @@ from .data.clips import Clip, clip_hash, list_clips
 from .data.video import read_window, to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
-from .files import atomic_path, sha256_json, write_json, write_text
+from .files import sha256_json, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
 from .metrics.score import score_frames
@@ -24,13 +24,15 @@ from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
 from .progress import RunProgress
-from .rundir import RunDirectory, read_json
+from .rundir import RunDirectory, clip_settings, read_json
 from .session import Session
 from .stop import stop_flag
 from .summary import print_summary, write_comparisons, write_summary
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | None = None, quiet: bool = False) -> int:
@@ -42,38 +44,53 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     session = prepare(recipe, batch_start, batch_end)
     directory, arms = session.directory, list(recipe.arms)
     todo = session.unfinished()
-    write_head(session)
+    for arm in [arm for arm, waiting in todo.items() if waiting]:
+        session.attach(arm).detach()  # what the network cannot take is said before the first clip
     failed = 0
-    with stop_flag() as stop, RunProgress(sum(map(len, todo.values())), quiet) as progress:
+    clips = sum(map(len, todo.values()))
+    with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
+        write_head(session)
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
             for arm, waiting in todo.items():
                 failed += run_arm(session, arm, waiting, progress, stop.check)
-            write_comparisons(directory, session.clips, arms, recipe.window, stop.check)
+            for sentence in write_comparisons(directory, session.clips, arms, recipe.window, stop.check):
+                progress.say(sentence)
         except Interrupted as reason:
-            write_summary(directory, session.clips, arms)
+            write_summary(directory, session.listed, arms)
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
             return 130
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                message = f"{directory.root}: the disk is full; free some space and give the same command again"
-                raise UserError(message) from error
-            raise
-    rows = write_summary(directory, session.clips, arms)
+        rows = write_summary(directory, session.listed, arms)
     if not quiet:
         print_summary(rows, arms, session.models.marks)
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
-        print(f"{failed} results are missing; the reasons are above and in {where}", file=sys.stderr)
+        print(f"{failed} results are missing; the reasons are in {where}", file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def full_disk_told(root: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UserError(f"{root}: {error.strerror}; free some space and give the same command again") from error
 
 
 def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) -> Session:
     """List the clips and load the models; whatever is missing for the whole run is said here, before the first clip."""
     from .recipe import warnings
 
+    folder, output = Path(recipe.data.clips).resolve(), Path(recipe.output_dir)
+    if folder.is_dir() and output.resolve().is_relative_to(folder):
+        raise UserError(
+            f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
+        )
     clips = list_clips(recipe.data, Path.cwd())
     chosen = clips[batch_start:batch_end]
     if not chosen:
@@ -83,9 +100,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(f"scores.lpips is required, but {reason}; or set scores.lpips=allow_missing to leave it empty")
     models = load_models(recipe.model)
     lpips = LPIPS() if reason is None else None
-    return Session(
-        recipe, RunDirectory(Path(recipe.output_dir)), models, chosen, lpips, reason, tuple(warnings(recipe))
-    )
+    return Session(recipe, RunDirectory(output), models, clips, chosen, lpips, reason, tuple(warnings(recipe)))
 
 
 def run_arm(
@@ -94,17 +109,14 @@ def run_arm(
     """One method on its clips; returns how many failed. Afterwards the network is bit for bit as before."""
     if not clips:
         return 0
-    captions = session.captions(clips)
-    try:
-        adapter = session.recipe.arms[arm].attach(session.models.dit, session.recipe.seed)
-    except ValueError as error:
-        raise UserError(f"arm {arm}: {error}") from error
-    failed = 0
 
     def step(phase: str, done: int, total: int) -> None:
         progress.step(phase, done, total)
         check_stop()
 
+    captions = session.captions(clips, step)
+    adapter = session.attach(arm)
+    failed = 0
     try:
         for clip in clips:
             check_stop()
@@ -114,7 +126,7 @@ def run_arm(
             except Interrupted:
                 raise
             except Exception as error:
-                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 failed += 1
                 reason = write_failure(session, arm, clip, error)
@@ -124,7 +136,9 @@ def run_arm(
     finally:
         adapter.detach()
     if state_hash(session.models.dit) != session.models.hashes["dit"]:
-        raise RuntimeError(f"arm {arm} did not restore the network's weights; its results cannot be trusted")
+        for clip in clips:
+            session.directory.remove_result(arm, clip.id)
+        raise RuntimeError(f"arm {arm} did not restore the network's weights; its results of this run were removed")
     return failed
 
 
@@ -167,7 +181,7 @@ def run_clip(
     result = {
         "clip": clip.id,
         "arm": arm,
-        "caption": clip.caption,
+        **clip_settings(clip),
         "marks": [*session.models.marks],
         "warnings": [*session.warnings],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": content},
@@ -192,8 +206,7 @@ def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outc
         write_video(folder / "video.mp4", video, window.fps)
     for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
         if name in keep and tensors:
-            with atomic_path(folder / f"{name}.safetensors") as temporary:
-                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+            write_tensors(folder / f"{name}.safetensors", tensors)
 
 
 def write_failure(session: Session, arm: str, clip: Clip, error: Exception) -> str:
@@ -211,7 +224,10 @@ def write_head(session: Session) -> None:
     from .recipe import dump_recipe
 
     root = session.directory.root
-    write_text(root / "recipe.yaml", dump_recipe(session.recipe))
+    try:
+        write_text(root / "recipe.yaml", dump_recipe(session.recipe))
+    except OSError as error:
+        raise UserError(f"output_dir {root}: cannot be written ({error.strerror}); choose another") from error
     write_json(root / "environment.json", describe_environment(session.models.dit.device))
     ours, theirs = session.describe_paths(), read_json(root / "choices.json")
     if theirs is None:

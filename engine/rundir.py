@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .data.clips import Clip
 from .errors import UserError
 from .files import sha256_json, write_json
 
@@ -48,6 +49,9 @@ class RunDirectory:
         write_json(folder / "result.json", result)
         (folder / "failure.json").unlink(missing_ok=True)
 
+    def remove_result(self, arm: str, clip_id: str) -> None:
+        (self.clip(arm, clip_id) / "result.json").unlink(missing_ok=True)
+
     def write_failure(self, arm: str, clip_id: str, failure: dict[str, Any]) -> None:
         write_json(self.clip(arm, clip_id) / "failure.json", failure)
 
@@ -60,15 +64,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def check_same_settings(directory: RunDirectory, arm: str, clip_id: str, settings: dict[str, Any]) -> bool:
+def clip_settings(clip: Clip) -> dict[str, Any]:
+    """What a list of clips says of one and shapes its results; the video itself counts by its hash, in the result's keys."""
+    return {"caption": clip.caption, "start": clip.start}
+
+
+def check_same_settings(directory: RunDirectory, arm: str, clip: Clip, settings: dict[str, Any]) -> bool:
     """Whether a finished result exists; raises UserError if it was made under other settings."""
-    result = directory.result(arm, clip_id)
+    result = directory.result(arm, clip.id)
     if result is None:
         return False
+    where = None
     if result.get("keys", {}).get("settings") != sha256_json(settings):
         where = first_difference(result.get("settings", {}), settings)
+    elif (before := {name: result.get(name) for name in clip_settings(clip)}) != clip_settings(clip):
+        where = first_difference(before, clip_settings(clip))
+    if where:
         raise UserError(
-            f"{directory.root}: the result of clip {clip_id} in arm {arm} was made under other settings ({where}); "
+            f"{directory.root}: the result of clip {clip.id} in arm {arm} was made under other settings ({where}); "
             "choose another output_dir, or remove that arm's folder to make it again"
         )
     return True

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .clip import Experiment, encode_known, timed
+from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip
 from .environment import device_name
-from .files import atomic_path, sha256_json, write_json
+from .errors import UserError
+from .files import sha256_json, write_json, write_tensors
+from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """A recipe with its models loaded and its clips listed."""
+    """A recipe with its models loaded and its clips listed. listed: all of them; clips: those of this task."""
 
     recipe: "Recipe"
     directory: RunDirectory
     models: Models
+    listed: list[Clip]
     clips: list[Clip]
     lpips: LPIPS | None
     lpips_reason: str | None
@@ -55,7 +57,7 @@ class Session:
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
-        """Everything that shapes a video except the method and the clip, as plain JSON."""
+        """Everything that shapes a video except the method and the clip, as plain JSON; what a user writes comes first."""
         r = self.recipe
         return plain_json(
             {
@@ -65,16 +67,16 @@ class Session:
                 "prompt": asdict(r.prompt),
                 "sampler": asdict(r.sampler),
                 "text": self.text_key,
-                "weights": self.models.hashes,
                 "dtype": r.model.dtype,
                 "device": self.models.dit.device.type,
+                "weights": self.models.hashes,
             }
         )
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
         method = self.recipe.arms[arm]
-        value: dict[str, Any] = {"protocol": self.protocol, "method": asdict(method)}
+        value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
         if method.kind != "none":
             value["adaptation"] = asdict(self.recipe.adaptation)
         return plain_json(value)
@@ -82,11 +84,18 @@ class Session:
     def unfinished(self) -> dict[str, list[Clip]]:
         """Clips without a result, by arm; raises UserError where a result was made under other settings."""
         return {
-            arm: [c for c in self.clips if not check_same_settings(self.directory, arm, c.id, self.settings(arm))]
+            arm: [c for c in self.clips if not check_same_settings(self.directory, arm, c, self.settings(arm))]
             for arm in self.recipe.arms
         }
 
-    def captions(self, clips: list[Clip]) -> dict[str, Caption]:
+    def attach(self, arm: str) -> Adapter:
+        """An arm's method on the network; raises UserError where the network cannot take its settings."""
+        try:
+            return self.recipe.arms[arm].attach(self.models.dit, self.recipe.seed)
+        except ValueError as error:
+            raise UserError(f"arm {arm}: {error}") from error
+
+    def captions(self, clips: list[Clip], progress: Progress) -> dict[str, Caption]:
         """The network's captions by clip id; the text encoder runs over the distinct new ones and leaves the device."""
         p, config, device = self.recipe.prompt, self.models.dit.config, self.models.dit.device
         prompts = {c.id: prepare_prompt(c.caption, p.aesthetic, p.motion, p.camera_motion) for c in clips}
@@ -101,6 +110,7 @@ class Session:
             list(prompts.values()),
             self.directory.shared / "captions",
             self.text_key,
+            lambda done: progress("captions", done, len(set(prompts.values()))),
         )
         return {c: Caption(encoded[prompt].embedding[None].to(device, torch.float32)) for c, prompt in prompts.items()}
 
@@ -115,8 +125,7 @@ class Session:
         seconds: dict[str, float] = {}
         with timed(seconds, "encode", pixels_3FHW.device):
             latents = encode_known(self.models.vae, pixels_3FHW, self.recipe.window)
-        with atomic_path(path) as temporary:
-            save_file({"latents": latents.cpu().contiguous()}, temporary, {"seconds": str(seconds["encode"])})
+        write_tensors(path, {"latents": latents}, {"seconds": str(seconds["encode"])})
         return latents, seconds["encode"]
 
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:

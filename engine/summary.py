@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.clips import Clip
+from .errors import UserError
 from .files import write_text
 from .references import REFERENCES
 from .rundir import RunDirectory, read_json
@@ -101,24 +102,34 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
 
 def write_comparisons(
     directory: RunDirectory, clips: list[Clip], arms: list[str], window: Window, check_stop: Callable[[], None]
-) -> None:
-    """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only."""
-    from .data.video import read_window, side_by_side, write_video
+) -> list[str]:
+    """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only.
 
+    Returns a sentence for each that could not be made: results do not depend on them.
+    """
+    skipped = []
     for clip in clips:
         check_stop()
         videos = [directory.clip(arm, clip.id) / "video.mp4" for arm in arms]
         target = directory.comparison(clip.id)
         if not all(video.exists() for video in videos) or _newer(target, videos):
             continue
-        frames, fps = window.total_frames, window.fps
-        height, width = _size(videos[0])
-        columns = [
-            ("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))
-        ]
-        for arm, video in zip(arms, videos, strict=True):
-            columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
-        write_video(target, side_by_side(columns, window.known_frames), fps)
+        try:
+            _write_comparison(target, clip, dict(zip(arms, videos, strict=True)), window)
+        except UserError as error:
+            skipped.append(f"no comparison of {clip.id}: {error}")
+    return skipped
+
+
+def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window: Window) -> None:
+    from .data.video import read_window, side_by_side, write_video
+
+    frames, fps = window.total_frames, window.fps
+    height, width = _size(next(iter(videos.values())))
+    columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
+    for arm, video in videos.items():
+        columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
+    write_video(target, side_by_side(columns, window.known_frames), fps)
 
 
 def _newer(target: Path, sources: list[Path]) -> bool:
@@ -126,9 +137,8 @@ def _newer(target: Path, sources: list[Path]) -> bool:
 
 
 def _size(video: Path) -> tuple[int, int]:
-    """Height and width of a video file that this run wrote."""
-    import av
+    """Height and width of a video file that this run wrote; raises UserError where it is damaged."""
+    from .data.decode import Limits, open_pictures
 
-    with av.open(str(video)) as container:
-        stream = container.streams.video[0]
+    with open_pictures(video, Limits()) as stream:
         return stream.height, stream.width

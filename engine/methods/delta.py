@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..adaptation import AdaptationSettings, Task
 from ..models.attention import TextStates
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
-from .optimize import AdamW, Masters, Trace, optimize
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .protocol import Change, OnStep
 
 Site = Literal["post", "mid", "pre"]
@@ -257,6 +257,11 @@ class DeltaAdapter:
 
     def state(self) -> dict[str, Tensor]:
         return {name: getattr(self.layer, name).detach().to("cpu", copy=True) for name in ("d", "edges")}
+
+    @torch.no_grad()
+    def randomize(self, generator: torch.Generator) -> None:
+        for row in self.layer.d:
+            row.copy_(random_of_equal_norm(row, torch.zeros_like(row), generator))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
-from .optimize import AdamW, Masters, Trace, optimize
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .protocol import Change, OnStep
 
 
@@ -73,6 +73,11 @@ class FullAdapter:
     def state(self) -> dict[str, Tensor]:
         pairs = zip(self.trained.items(), self.base, strict=True)
         return {name: (p.detach().float() - base.float()).cpu() for (name, p), base in pairs}
+
+    def randomize(self, generator: torch.Generator) -> None:
+        pairs = zip(self.masters.tensors, self.base, strict=True)
+        self.masters.reset([random_of_equal_norm(tensor.detach(), base, generator) for tensor, base in pairs])
+        self.masters.publish()
 
     def restore(self) -> None:
         self._set(self.base)

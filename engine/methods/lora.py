@@ -18,7 +18,7 @@ from ..adaptation import AdaptationSettings, Task
 from ..models.attention import TextStates
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
-from .optimize import AdamW, Masters, Trace, optimize
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .protocol import Change, OnStep
 
 Target = Literal[
@@ -183,6 +183,12 @@ class LoRAAdapter:
     def state(self) -> dict[str, Tensor]:
         pairs = ((f"{name}.{key}", getattr(a, key)) for name, a in self.adapters.items() for key in ("A", "B"))
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in pairs}
+
+    @torch.no_grad()
+    def randomize(self, generator: torch.Generator) -> None:
+        for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
+            adapter.A.copy_(random_of_equal_norm(adapter.A, start, generator))
+            adapter.B.copy_(random_of_equal_norm(adapter.B, torch.zeros_like(adapter.B), generator))
 
     @torch.no_grad()
     def restore(self) -> None:

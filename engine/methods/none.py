@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
@@ -41,6 +42,9 @@ class NoAdapter:
 
     def state(self) -> dict[str, Tensor]:
         return {}
+
+    def randomize(self, generator: torch.Generator) -> None:
+        pass
 
     def restore(self) -> None:
         pass

@@ -51,6 +51,13 @@ class AdamW:
                 raise ValueError(f"{name} must not be negative, was {getattr(self, name)}")
 
 
+def random_of_equal_norm(value: Tensor, start: Tensor, generator: torch.Generator) -> Tensor:
+    """start plus a random direction as long as value - start, in float32; for placebos. generator: on value's device."""
+    noise = torch.randn(value.shape, generator=generator, device=value.device)
+    length = (value.float() - start.float()).norm()
+    return start.float() + noise * (length / noise.norm())
+
+
 class Masters:
     """Float32 masters of a list of parameters, in storage that lives as long as the method is attached.
 

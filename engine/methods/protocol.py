@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
@@ -54,6 +55,10 @@ class Adapter(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the adapted state, by name, for a recipe that keeps it; of full fine-tuning, the difference from the base."""
+        ...
+
+    def randomize(self, generator: torch.Generator) -> None:
+        """Replace the change of each trained tensor by a random one of equal norm: a placebo. generator: on the device."""
         ...
 
     def restore(self) -> None:

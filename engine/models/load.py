@@ -88,11 +88,12 @@ def _load(
 ) -> tuple[Model, bool]:
     path = EMBEDDED / kind if source == "embedded" else resolve_source(source, "vidtta fetch opensora")
     config = read_config(path)
+    trained = source != "embedded" or any(path.glob("*.safetensors*"))
     try:
-        model = build(config)
+        with torch.device("meta" if trained else "cpu"):  # no time and memory for numbers that are loaded over
+            model = build(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.json'}: {error}") from error
-    trained = source != "embedded" or any(path.glob("*.safetensors*"))
     if trained:
         load_strict(model, open_state(path), str(path))
     else:

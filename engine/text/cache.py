@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_path, sha256_file, sha256_json
+from ..files import sha256_file, sha256_json, write_tensors
 from .encoder import EncodedText, TextEncoder, embedded_table, is_embedded
 from .t5_files import find_t5_files
 
@@ -48,8 +47,7 @@ def _digest(embedding_LC: Tensor) -> str:
 
 def _write(path: Path, text: EncodedText) -> None:
     metadata = {"prompt": text.prompt, "sha256": _digest(text.embedding)}
-    with atomic_path(path) as temporary:
-        save_file({"embedding": text.embedding.contiguous()}, temporary, metadata)
+    write_tensors(path, {"embedding": text.embedding}, metadata)
 
 
 def _read(path: Path, prompt: str) -> EncodedText | None:

@@ -140,9 +140,11 @@ def test_known_frames_come_first_and_keep_their_time():
 
 
 def test_scale_comes_from_pixels_rounded_to_the_dtype():
-    """554 pixels are 552 in bfloat16."""
-    rounded = build(pixel_size=(416, 554), dtype=torch.bfloat16)
-    assert torch.equal(rounded.window_cos, build(pixel_size=(416, 552), dtype=torch.bfloat16).window_cos)
+    """554 pixels are 552 in bfloat16; the fortieth column then stands at 41.75, not at 41.5."""
+    wide = {"frames": 1, "latent_size": (2, 80), "dtype": torch.bfloat16}
+    rounded, same = (build(pixel_size=(416, width), **wide).spatial_cos for width in (554, 552))
+    assert torch.equal(rounded, same)
+    torch.testing.assert_close(rounded[39, 24:], (41.75 * Rope(72).freqs).cos())
     exact, near = build(pixel_size=(416, 554)), build(pixel_size=(416, 552))
     assert not torch.equal(exact.window_cos, near.window_cos)
     half = build(input_sq_size=1024, pixel_size=(960, 1280))

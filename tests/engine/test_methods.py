@@ -198,6 +198,28 @@ def test_an_interruption_while_adapting_is_undone(name, dtype):
     assert state_hash(model) == base_hash
 
 
+@each_method
+@each_dtype
+def test_a_placebo_is_a_random_change_of_equal_norm(name, dtype):
+    model = network(dtype)
+    base_output = output(model)
+    adapter = CASES[name].attach(model, 0)
+    attached_hash, states = state_hash(model), []
+    for seed in (1, 1, 2):
+        _, adapted = adapt(adapter, model)
+        change = adapter.change()
+        adapter.randomize(torch.Generator().manual_seed(seed))
+        assert adapter.change().master == pytest.approx(change.master, rel=1e-5)
+        assert torch.equal(output(model), base_output) == (name == "none")
+        states.append(adapter.state())
+        assert all(torch.equal(states[-1][key], adapted[key]) == (key == "edges") for key in adapted)
+        adapter.restore()
+        assert state_hash(model) == attached_hash
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert all(torch.equal(states[0][key], states[2][key]) == (key == "edges") for key in states[0])
+    assert_as_on_a_new_network(name, dtype, *adapt(adapter, model))
+
+
 @each_dtype
 def test_methods_attached_one_after_the_other_do_not_meet(dtype):
     model = network(dtype)

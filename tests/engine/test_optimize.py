@@ -137,7 +137,7 @@ def test_moments_start_from_zero(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["both", "loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, dtype):
     settings = AdamW(steps=5, lr=1e-2)
 
@@ -145,8 +145,11 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, d
         value = linear_loss(weights, step)
         if step < 2:
             return value
-        # The root of zero is finite and its gradient is not.
-        return value * torch.nan if kind == "loss" else value + (weights[0] - weights[0].detach()).abs().sqrt().sum()
+        return {
+            "both": value * torch.nan,
+            "loss": value + torch.inf,
+            "gradient": value + (weights[0] - weights[0].detach()).abs().sqrt().sum(),  # the root of zero
+        }[kind]
 
     (weight,) = parameters(dtype)
     masters, steps = Masters([weight]), []

@@ -119,12 +119,14 @@ def test_what_is_not_a_number_fails(tmp_path: Path, value: float):
 
 
 def test_a_mask_with_a_gap_keeps_every_valid_token(tmp_path: Path):
-    """Reordering the valid tokens of a caption changes nothing, wherever the padding is."""
-    tensors, _ = read(FIXTURES / "dit_t2v.safetensors")
-    y, mask = tensors["y"].clone(), tensors["mask"].clone()
-    assert mask[1].tolist() == [1] * 7 + [0] * 5
-    y[1, :, [2, 10]], mask[1, [2, 10]] = y[1, :, [10, 2]], mask[1, [10, 2]]
-    copy = changed(FIXTURES / "dit_t2v.safetensors", tmp_path / "gap.safetensors", {"y": y, "mask": mask})
+    """Where the padding stands changes nothing: the last valid token trades places with one beyond the valid ones."""
+    tensors, _ = read(FIXTURES / "dit_v2v.safetensors")
+    assert tensors["mask"].tolist() == [[1] * 7 + [0] * 5]
+    places = [0, 1, 2, 3, 4, 5, 10, 7, 8, 9, 6, 11]
+    moved = {name: tensors[name][:, :, places].contiguous() for name in ("y", "y_null")}
+    copy = changed(
+        FIXTURES / "dit_v2v.safetensors", tmp_path / "gap.safetensors", moved | {"mask": tensors["mask"][:, places]}
+    )
     errors, tolerance = check_file(copy)
     assert errors["out"] <= tolerance
 

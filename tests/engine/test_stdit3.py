@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from vidtta.engine.models import attention, geometry
+from vidtta.engine.models.rope import absolute_position
 from vidtta.engine.models.rule_weights import fill_by_rule
 from vidtta.engine.models.stdit3 import Caption, Condition, STDiT3, STDiT3Config
 
@@ -139,6 +140,15 @@ def test_bfloat16_is_near_float32():
     model = sheet_model()
     exact = sheet_output(model, None)
     assert 5e-3 < relative_error(sheet_output(model.bfloat16(), None), exact) < 1.5e-2
+
+
+def test_position_of_a_bfloat16_model_has_its_frequencies_rounded():
+    """The official buffer of frequencies is cast with the model; only then is it multiplied in float32."""
+    model = rule_model(torch.bfloat16)
+    ours = model.geometry(1, (60, 80), PIXELS).position_SD
+    frequencies, scale = 10000.0 ** (-2 * torch.arange(12) / 24), (480 * 640) ** 0.5 / 512
+    rounded, exact = (absolute_position(f, 30, 40, scale).bfloat16() for f in (frequencies.bfloat16(), frequencies))
+    assert torch.equal(ours, rounded) and not torch.equal(ours, exact)
 
 
 def half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
