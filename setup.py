@@ -20,7 +20,12 @@ setup(
     packages=packages,
     package_data={
         "vidtta.recipes": ["*.yaml", "*.md", "clips/*"],
-        "vidtta.engine": ["models/embedded/*/*.json", "models/published_keys.json"],
+        "vidtta.engine": [
+            "models/embedded/*/*.json",
+            "models/published_keys.json",
+            "prepare/ucf101_captions.txt",
+            "prepare/README.md",
+        ],
     },
     # The caps on torch and torchvision keep pip from replacing one of the pair alone: each torchvision pins one torch.
     install_requires=[
@@ -31,6 +36,7 @@ setup(
         "pyyaml>=6.0.2",
         "pydantic>=2.11,<3",
         "av>=18",
+        "libarchive-c>=5.1",
         "opencv-python>=4.12",
         "lpips==0.1.4",
         "transformers>=5,<6",

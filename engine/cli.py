@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from .errors import Interrupted, UserError
 from .fetch import What
+from .prepare.command import add_arguments as add_prepare_arguments
 from .recipe_files import list_recipes, read_layers
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ def _fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(args: argparse.Namespace) -> int:
+    from .prepare.command import prepare_command
+
+    return prepare_command(args)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
@@ -153,6 +160,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     command("schema", _schema, "Print the JSON schema of a recipe, for editors.", " > recipe.schema.json")
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
+    prepare = command(
+        "prepare",
+        _prepare,
+        "Make clips of one size, rate and length from UCF-101 or any folder of videos.",
+        " ucf101 --source UCF101.rar --out data/ucf101",
+    )
+    add_prepare_arguments(prepare)
     doctor = command("doctor", _doctor, "Report what this machine can run, and why not the rest.", " --weights DIR")
     doctor.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights to check too")
     return parser, made

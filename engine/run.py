@@ -67,7 +67,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
-        print(f"{failed} results are missing; the reasons are in {where}", file=sys.stderr)
+        print(f"results missing: {failed}; the reasons are in {where}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -97,7 +97,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
     reason = LPIPS.available()
     if reason and recipe.scores.lpips == "required":
-        raise UserError(f"scores.lpips is required, but {reason}; or set scores.lpips=allow_missing to leave it empty")
+        raise UserError(f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty")
     models = load_models(recipe.model)
     lpips = LPIPS() if reason is None else None
     return Session(recipe, RunDirectory(output), models, clips, chosen, lpips, reason, tuple(warnings(recipe)))

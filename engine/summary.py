@@ -76,7 +76,7 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
     if not common:
         console.print("no clip was finished by every arm, so there is nothing to compare")
         return
-    title = f"mean over the {len(common)} clips that every arm finished"
+    title = f"mean over the clips that every arm finished: {len(common)}"
     table = Table("arm", "PSNR dB", "SSIM", "LPIPS", "adapt s", "sample s", "peak GiB", title=title)
     for name in names:
         chosen = [r for r in rows if r["arm"] == name and r["clip"] in common]

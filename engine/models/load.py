@@ -91,14 +91,14 @@ def _load(
     trained = source != "embedded" or any(path.glob("*.safetensors*"))
     try:
         with torch.device("meta" if trained else "cpu"):  # no time and memory for numbers that are loaded over
-            model = build(config)
+            model = build(config).to(dtype)  # before the weights, which are checked in the dtype that they get
     except (TypeError, ValueError) as error:
         raise UserError(f"{path / 'config.json'}: {error}") from error
     if trained:
         load_strict(model, open_state(path), str(path))
     else:
         fill_by_rule(model)
-    return model.to(device, dtype).eval().requires_grad_(False), trained
+    return model.to(device).eval().requires_grad_(False), trained
 
 
 def check_conditioning(dit: STDiT3, source: str) -> None:

@@ -54,6 +54,9 @@ class STDiT3Config:
     model_max_length: int = 300
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} must be positive, was {getattr(self, field.name)}")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 6:
             raise ValueError(
                 f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must give a head dimension divisible by 6"

@@ -33,7 +33,11 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(lab):
     """A run of three arms on two clips; the fixture's value is its folder."""
+    weights = sorted(lab.root.glob("*/model.safetensors"))
+    before = [path.read_bytes() for path in weights]
     assert lab.run("first", arms=ARMS) == 0
+    assert len(before) == 2
+    assert [path.read_bytes() for path in weights] == before
     return lab.root / "first"
 
 

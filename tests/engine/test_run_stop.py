@@ -39,7 +39,7 @@ def test_ten_kills_lose_nothing(lab, undisturbed):
     while kills < 10:
         child = FORKS.Process(target=run_in_child, args=(lab.argv(outputs[-1]),))
         child.start()
-        child.join(chance.uniform(0.2, 1.5) + (1.5 if kills == 0 else 0))  # the first waits for the imports
+        child.join(chance.uniform(0.1, 1.0) + (1.5 if kills == 0 else 0))  # the first waits for the imports
         if child.exitcode is None:
             kills += 1
             child.kill()

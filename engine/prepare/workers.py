@@ -1,0 +1,60 @@
+"""Clips converted side by side, a process each; decoding and encoding take one thread, so results depend on no number.
+
+A worker that outlives its parent would hold memory for ever, so each watches for the parent's end.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any
+
+
+def executor(workers: int) -> Executor:
+    """Something to submit work to: processes, or for one worker this process."""
+    return _Processes(workers) if workers > 1 else _Here()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: a job's share, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Here(Executor):
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+class _Processes(ProcessPoolExecutor):
+    def __init__(self, workers: int) -> None:
+        # Forking a process in which torch has run threads can hang, so workers start afresh.
+        super().__init__(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        # Ctrl-C reaches every process of a terminal, and the parent decides; workers inherit what is blocked here.
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def _begin() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,241 @@
+"""What goes wrong costs one clip or is said in one sentence before the first; what is finished stays."""
+
+import csv
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from vidtta.engine import cli
+from vidtta.engine import clip as clip_module
+from vidtta.engine import run as run_module
+from vidtta.engine.files import write_tensors
+from vidtta.engine.methods.full import FullAdapter
+
+from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, WIDTH, make_clip, one_sentence, tiny_lab
+
+BAD = ("broken", "empty", "short", "text")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with tiny_lab(tmp_path_factory.mktemp("lab")) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab):
+    assert lab.run("undisturbed", arms={"full": FULL}) == 0
+    return lab.results("undisturbed")
+
+
+def failures(lab, output):
+    folder = lab.root / output / "arms"
+    found = [path.relative_to(folder).parts for path in folder.glob("*/clips/*/failure.json")]
+    return {f"{arm}/{clip}": lab.read(output, "arms", arm, "clips", clip, "failure.json") for arm, _, clip, _ in found}
+
+
+def rows(lab, output):
+    with (lab.root / output / "summary.csv").open() as handle:
+        return {(row["arm"], row["clip"]): row for row in csv.DictReader(handle)}
+
+
+def test_bad_clips_fail_alone_and_are_tried_again(lab, capsys):
+    folder = lab.root / "bad clips"
+    make_clip(folder / "good.mp4", seed=0)
+    make_clip(folder / "short.mp4", seed=1, frames=14)
+    whole = make_clip(folder / "broken.mp4", seed=2, frames=60).read_bytes()
+    (folder / "broken.mp4").write_bytes(whole[: whole.find(b"mdat") + 400])
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    data = {"clips": str(folder), "height": HEIGHT, "width": WIDTH}
+    assert lab.run("bad", data=data) == 1
+    where = lab.root / "bad/arms/*/clips/*/failure.json"
+    assert one_sentence(capsys) == f"results missing: 8; the reasons are in {where}"
+
+    found = failures(lab, "bad")
+    assert sorted(found) == [f"{arm}/{clip}" for arm in ("baseline", "delta") for clip in BAD]
+    assert all((found[name]["arm"], found[name]["clip"]) == tuple(name.split("/")) for name in found)
+    assert {failure["traceback"] for failure in found.values()} == {None}
+    reasons = {clip: found[f"delta/{clip}"]["reason"] for clip in BAD}
+    assert reasons["empty"] == f"{folder}/empty.mp4: the file is empty; fetch it again or leave it out"
+    assert reasons["short"] == (
+        f"{folder}/short.mp4: too short: it yields 14 frames at 24 fps from 0 s, and 15 are needed; "
+        "take a longer clip or an earlier start"
+    )
+    assert reasons["text"].startswith(f"{folder}/text.mp4: not a readable video (")
+    assert reasons["broken"].startswith(f"{folder}/broken.mp4: damaged after ")
+    assert not any("\n" in reason for reason in reasons.values())
+
+    table = rows(lab, "bad")
+    assert {key for key in table if table[key]["status"] == "done"} == {
+        (arm, "good") for arm in ("copy last frame", "VAE ceiling", "baseline", "delta")
+    }
+    for clip in BAD:
+        assert (table["delta", clip]["status"], table["delta", clip]["reason"]) == ("failed", reasons[clip])
+        assert table["VAE ceiling", clip]["status"] == "missing"
+    assert [path.name for path in (lab.root / "bad/comparisons").iterdir()] == ["good.mp4"]
+
+    finished = (lab.root / "bad/arms/delta/clips/good/result.json").stat().st_mtime_ns
+    make_clip(folder / "short.mp4", seed=1, frames=15)
+    assert lab.run("bad", data=data) == 1
+    assert capsys.readouterr().err.startswith("results missing: 6; ")
+    assert "delta/short" not in failures(lab, "bad")
+    assert rows(lab, "bad")["delta", "short"]["status"] == "done"
+    assert (lab.root / "bad/arms/delta/clips/good/result.json").stat().st_mtime_ns == finished
+
+
+def refused(lab, capsys, *words, **sections):
+    """The sentence with which a run is refused; nothing may have been written."""
+    assert lab.run("refused", *words, **sections) == 2
+    assert not (lab.root / "refused").exists()
+    return one_sentence(capsys).removeprefix("error: ")
+
+
+def test_what_concerns_the_whole_run_is_said_before_the_first_clip(lab, capsys):
+    (lab.root / "nothing").mkdir(exist_ok=True)
+    data = lab.settings["data"]
+    assert refused(lab, capsys, data={**data, "clips": str(lab.root / "nothing")}).startswith(
+        f"data.clips: no video lies below {lab.root}/nothing; "
+    )
+    assert refused(lab, capsys, "--batch-start", "2") == (
+        "--batch-start 2 lies behind the last of 2 clips; take a smaller one"
+    )
+    assert refused(lab, capsys, sampler={"step": 2}).startswith(
+        f"{lab.root}/recipe.yaml: sampler.step: unknown key (perhaps steps); sampler takes "
+    )
+    assert refused(lab, capsys, scores={"lpips": "required"}) == (
+        f"scores.lpips is required, but LPIPS needs AlexNet's weights: {lab.root}/no hub/hub/checkpoints/"
+        "alexnet-owt-7be5be79.pth is missing; run `vidtta fetch lpips`; "
+        "or set scores.lpips=allow_missing to leave it empty"
+    )
+    assert refused(lab, capsys, "model.device=cuda:9") == (
+        "model.device was 'cuda:9', which is not here; use auto or one of "
+        f"{['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]}"
+    )
+    lora = {"kind": "lora", "rank": 49, "steps": 2}
+    assert refused(lab, capsys, arms={"low_rank": lora}) == (
+        "arm low_rank: rank must be at most 48 for attn.qkv, was 49"
+    )
+    assert refused(lab, capsys, arms={"delta": DELTA, "late": {**lora, "rank": 4, "last_layers": 3}}) == (
+        "arm late: last_layers must be at most 2 for this network, was 3"
+    )
+    assert refused(lab, capsys, model={**lab.settings["model"], "dit": "embedded"}).startswith(
+        "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true"
+    )
+
+
+def test_an_output_folder_that_cannot_be(lab, capsys):
+    (lab.root / "file").write_text("in the way")
+    assert lab.run("file/below") == 2
+    assert one_sentence(capsys) == (
+        f"error: output_dir {lab.root}/file/below: cannot be written (Not a directory); choose another"
+    )
+    assert lab.run("clips/runs") == 2
+    assert one_sentence(capsys) == (
+        f"error: output_dir {lab.root}/clips/runs lies inside data.clips, {lab.root}/clips, "
+        "so its videos would be taken for clips; choose another"
+    )
+    assert not (lab.root / "clips/runs").exists()
+
+
+def test_an_exception_costs_one_clip_and_the_weights_come_back(lab, undisturbed, monkeypatch, capsys):
+    sample = clip_module.sample_continuation
+
+    def fails_after_adapting(experiment, known, adapter, progress):
+        if adapter.steps and known.clip_id == "ball":
+            raise RuntimeError("boom")
+        return sample(experiment, known, adapter, progress)
+
+    monkeypatch.setattr(clip_module, "sample_continuation", fails_after_adapting)
+    assert lab.run("boom", arms={"full": FULL}) == 1
+    assert one_sentence(capsys).startswith("results missing: 1; ")
+    (failure,) = failures(lab, "boom").values()
+    assert failure["reason"] == "RuntimeError: boom"
+    assert "in fails_after_adapting" in failure["traceback"]
+    results = lab.results("boom")
+    assert sorted(results) == ["baseline/ball", "baseline/wave", "full/wave"]
+    assert all(results[name] == undisturbed[name] for name in results)
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(lab.root / "no hub"))
+    assert lab.run("boom", arms={"full": FULL}) == 0
+    assert lab.results("boom") == undisturbed
+    assert failures(lab, "boom") == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("writer", ["write_video", "write_tensors"])
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(lab, undisturbed, monkeypatch, capsys, writer, number):
+    output = f"full disk {writer} {number}"
+    write = getattr(run_module, writer)
+
+    def full(path, *args):
+        if "wave" in path.parts:
+            raise OSError(number, os.strerror(number), str(path))
+        write(path, *args)
+
+    monkeypatch.setattr(run_module, writer, full)
+    assert lab.run(output, arms={"full": FULL}) == 2
+    assert one_sentence(capsys) == (
+        f"error: {lab.root / output}: {os.strerror(number)}; free some space and give the same command again"
+    )
+    assert lab.results(output) == {"baseline/ball": undisturbed["baseline/ball"]}
+    assert failures(lab, output) == {}
+
+
+def test_safetensors_tells_of_a_full_disk_as_the_system_does(tmp_path, monkeypatch):
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+    def full(*args):
+        raise SafetensorError(message)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert error.value.errno == errno.ENOSPC
+    message = "Error while serializing: something else"
+    with pytest.raises(SafetensorError, match="something else"):
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_too_small_for_the_weights_dtype_is_the_clips_failure(lab, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    arms = {"full": {"kind": "full", "steps": 1, "lr": 1e-12}}
+    assert lab.run("too small", "model.dtype=bfloat16", "data.limit=1", "keep=[]", arms=arms) == 1
+    (failure,) = failures(lab, "too small").values()
+    assert (failure["arm"], failure["clip"], failure["traceback"]) == ("full", "ball", None)
+    assert failure["reason"].startswith("adapting changed no weight that computes (1 steps moved the masters by ")
+    assert failure["reason"].endswith("the learning rate is too small for the weights' dtype; raise method.lr")
+    assert list(lab.results("too small")) == ["baseline/ball"]
+
+
+def test_diverged_weights_are_the_clips_failure(lab, undisturbed):
+    arms = {"full": {"kind": "full", "steps": 3, "lr": 1e30}}
+    assert lab.run("diverged", "data.limit=1", arms=arms) == 1
+    (failure,) = failures(lab, "diverged").values()
+    assert "is not finite at step " in failure["reason"]
+    assert lab.results("diverged")["baseline/ball"] == undisturbed["baseline/ball"]
+
+
+def test_a_method_that_does_not_restore_is_found_out(lab, undisturbed, monkeypatch):
+    monkeypatch.setattr(FullAdapter, "restore", lambda self: None)
+    with pytest.raises(RuntimeError, match="arm full did not restore the network's weights; its results"):
+        lab.run("not restored", arms={"full": FULL, "delta": DELTA})
+    assert sorted(lab.results("not restored")) == ["baseline/ball", "baseline/wave"]
+
+
+def test_a_comparison_that_cannot_be_made_costs_nothing_else(lab, undisturbed, capsys):
+    shutil.copytree(lab.root / "undisturbed", lab.root / "no comparison")
+    folder = lab.root / "no comparison"
+    (folder / "comparisons/ball.mp4").unlink()
+    (folder / "arms/full/clips/ball/video.mp4").write_bytes(b"damaged")
+    (folder / "summary.csv").unlink()
+    argv = [word for word in lab.argv("no comparison", arms={"full": FULL}) if word != "--quiet"]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"no comparison of ball: {folder}/arms/full/clips/ball/video.mp4: not a readable video" in said
+    assert {row["status"] for row in rows(lab, "no comparison").values()} == {"done"}
+    assert len(rows(lab, "no comparison")) == 4 * len(CLIPS)
