@@ -35,7 +35,7 @@ setup(
         "numpy>=2.0",
         "pyyaml>=6.0.2",
         "pydantic>=2.11,<3",
-        "av>=18",
+        "av>=18,<19",
         "libarchive-c>=5.1",
         "opencv-python>=4.12",
         "lpips==0.1.4",

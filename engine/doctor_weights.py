@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adaptation import AdaptationSettings, Draw, Task
+from .adaptation import AdaptationSettings, Task
 from .clip import encode_known
 from .data.clips import Data, list_clips
 from .data.video import read_window, to_model
 from .doctor import Line
 from .errors import UserError
+from .evaluation import evaluate
 from .metrics.psnr import psnr
 from .models import load
 from .models.checkpoint import open_state, read_config, resolve_source
@@ -24,7 +25,6 @@ from .models.rope import Rope
 from .models.stdit3 import Caption, STDiT3
 from .models.vae import CHUNK_FRAMES, VAE
 from .sampler import SamplerSettings
-from .seeds import normal
 from .window import Window
 
 MIN_PSNR = 20.0  # dB; the published autoencoder is far above, one that was loaded wrongly far below
@@ -240,14 +240,10 @@ def _continuation(name: str, dit: STDiT3, vae: VAE, size: tuple[int, int]) -> It
             sampled_frames=window.model_frames,
             sampling_steps=SamplerSettings().steps,
         )
-        text = task.captions()
     pairs = []
-    for index, t in enumerate(torch.linspace(0, 1000, 12)[1:-1]):
-        noise = normal(tuple(latents_1CKhw.shape), 0, clip_id, "doctor", index)
-        draw = Draw(t[None].to(dit.device), noise.to(dit.device))
-        with torch.no_grad():
-            pairs.append((task.loss(draw, text).item(), task.zero_loss(draw).item()))
-        yield Line("note", f"{name} at t = {t.item():.0f}", _compared(*pairs[-1]))
+    for level in evaluate(task):
+        pairs.append((level.loss, level.zero_loss))
+        yield Line("note", f"{name} at t = {level.t:.0f}", _compared(*pairs[-1]))
     yield mean_line(name, pairs)
 
 

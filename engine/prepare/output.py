@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..files import write_json, write_text
 
 SUFFIX = ".mp4"
-STORAGE = "libx264rgb, qp 0, ultrafast"
+STORAGE = "FFV1 level 3, bgr0, MP4"
 OURS = {"prepare.json", "captions.txt", "clips", "state", "manifest.csv", "rejects.csv", "downloads"}
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
 

@@ -4,9 +4,11 @@ The weights follow the rule and lie on disk in the published layout, so a run lo
 """
 
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,22 @@ WINDOW = {"total_frames": TOTAL, "known_frames": KNOWN, "model_frames": 17}
 CLIPS = ("ball", "wave")
 FULL = {"kind": "full", "steps": 2, "lr": 1e-3}
 DELTA = {"kind": "delta", "steps": 2, "lr": 0.1}
+
+# Children of a process that has imported everything: a kill then falls into the run and not into the imports.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "vidtta.engine.run",
+        "vidtta.engine.recipe",
+        "torch._dynamo",
+        "rich.progress",
+        "av",
+        "cv2",
+        "ftfy",
+        "bs4",
+        "pytest",
+    ]
+)
 
 
 def save_weights(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
@@ -134,3 +152,10 @@ def run_in_child(argv: list[str], log: str = os.devnull) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     torch.set_num_threads(1)
     sys.exit(cli.main(argv))
+
+
+def wait_for(pattern: str, folder: Path, alive: Callable[[], bool]) -> None:
+    """Until the run directory `folder` holds a file of this pattern."""
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)) and alive() and time.monotonic() < deadline:
+        time.sleep(0.01)

@@ -1,23 +1,15 @@
-"""A run that is killed or asked to stop keeps what it finished, and the same command makes the rest."""
+"""A run that is asked to stop does so between steps, keeps what it finished, and goes on with the same command."""
 
-import multiprocessing
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from vidtta.engine import run as run_module
-from vidtta.engine.data.video import read_window
 
-from .tiny_run import CLIPS, FULL, HEIGHT, TOTAL, WIDTH, one_sentence, run_in_child, tiny_lab
-
-# Children of a process that has imported everything: a kill then falls into the run and not into the imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.engine.tiny_run", "vidtta.engine.run", "vidtta.engine.recipe", "av", "cv2"])
+from .tiny_run import FORKS, FULL, one_sentence, run_in_child, tiny_lab, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +25,11 @@ def undisturbed(lab):
     return lab.results("undisturbed")
 
 
-def test_ten_kills_lose_nothing(lab, undisturbed):
-    """One child after another, each killed at a random moment, on what the earlier ones left."""
-    chance, outputs, kills = random.Random(0), ["killed 0"], 0
-    while kills < 10:
-        child = FORKS.Process(target=run_in_child, args=(lab.argv(outputs[-1]),))
-        child.start()
-        child.join(chance.uniform(0.1, 1.0) + (1.5 if kills == 0 else 0))  # the first waits for the imports
-        if child.exitcode is None:
-            kills += 1
-            child.kill()
-            child.join()
-        else:
-            assert child.exitcode == 0
-            outputs.append(f"killed {len(outputs)}")
-        child.close()
-    for output in outputs:
-        assert lab.run(output) == 0
-        assert lab.results(output) == undisturbed
-        for clip in CLIPS:
-            video = lab.root / output / "comparisons" / f"{clip}.mp4"
-            read_window(video, frames=TOTAL, fps=24, height=HEIGHT + 40, width=3 * WIDTH + 4)
-
-
-def wait_for_the_first_result(folder, alive):
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("arms/*/clips/*/result.json")) and alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 def as_a_command(argv, folder):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vidtta.engine", *argv]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    wait_for_the_first_result(folder, lambda: process.poll() is None)
+    wait_for("arms/*/clips/*/result.json", folder, lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
     return process.returncode, message
@@ -76,7 +39,7 @@ def as_a_child(argv, folder):
     log = folder.with_suffix(".log")
     child = FORKS.Process(target=run_in_child, args=(argv, str(log)))
     child.start()
-    wait_for_the_first_result(folder, child.is_alive)
+    wait_for("arms/*/clips/*/result.json", folder, child.is_alive)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGTERM)
     child.join(60)
