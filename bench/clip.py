@@ -3,9 +3,9 @@
 Run: python -m vidtta.bench.clip [--out FILE.json] [--methods full lora ...]      (needs a GPU; no weights, no data)
 
 Weights and frames are random: this measures cost, never quality. The clip is 640x480, 45 frames at 24 fps, 22 of them known;
-20 steps of adaptation and 30 of sampling, v1.3's defaults. Each method first runs a clip of one step, so that what happens once
-a process (allocator, library handles, autotuning) is not in the figures. After each
-method the weights must be bit for bit as before; `--check` also runs each clip twice and compares the latents' bits.
+20 steps of adaptation and 30 of sampling, v1.3's defaults. Each method first runs a clip with one step of sampling, so that
+what happens once a process (allocator, library handles, autotuning) is not in the figures. After each method the weights must
+be bit for bit as before; `--check` also runs each clip twice and compares the latents' bits.
 """
 
 import argparse
@@ -62,10 +62,9 @@ def measure(experiment: Experiment, known: Known, name: str, check: bool) -> dic
     torch.cuda.synchronize()
     attach = time.perf_counter() - start
     short = dataclasses.replace(experiment, sampler=dataclasses.replace(experiment.sampler, steps=1))
-    continue_clip(short, known, adapter)
     row: dict[str, Any] = {"method": name, "settings": dataclasses.asdict(method), "attach_seconds": attach}
-    reset_peak_memory(experiment.dit.device)
     try:
+        continue_clip(short, known, adapter)
         outcome = continue_clip(experiment, known, adapter)
         row |= {
             "seconds": outcome.seconds,

@@ -27,7 +27,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        vae, trained = load_vae(recipe.model.vae, choose_device(recipe.model.device), getattr(torch, recipe.model.dtype))
+        vae, trained = load_vae(
+            recipe.model.vae, choose_device(recipe.model.device), getattr(torch, recipe.model.dtype)
+        )
         clips = list_clips(recipe.data, Path.cwd())
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
@@ -35,9 +37,15 @@ def main() -> None:
         print(f"NOTE: {UNTRAINED}")
     window, distances = recipe.window, []
     for clip in clips:
-        size = {"height": recipe.data.height, "width": recipe.data.width}
         try:
-            frames = read_window(clip.path, start=clip.start, frames=window.total_frames, fps=window.fps, **size)
+            frames = read_window(
+                clip.path,
+                start=clip.start,
+                frames=window.total_frames,
+                fps=window.fps,
+                height=recipe.data.height,
+                width=recipe.data.width,
+            )
         except UserError as error:
             print(f"{clip.id}: left out: {error}")
             continue

@@ -78,15 +78,22 @@ def continue_clip(
     known: Known,
     adapter: Adapter,
     *,
+    adapt_on: Known | None = None,
+    randomize: torch.Generator | None = None,
     keep_state: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
-    """Adapt to a clip, generate its continuation, and restore the weights whatever happens."""
+    """Adapt to a clip, generate its continuation, and restore the weights whatever happens.
+
+    For placebos: adapt_on is another clip to adapt on; randomize replaces the change by a random one of equal norm.
+    """
     reset_peak_memory(experiment.dit.device)
     seconds: dict[str, float] = {}
     try:
         with timed(seconds, "adapt", experiment.dit.device):
-            trace = adapt(experiment, known, adapter, progress)
+            trace = adapt(experiment, adapt_on or known, adapter, progress)
+            if randomize is not None:
+                adapter.randomize(randomize)
         change = adapter.change()
         if trace.steps and not change.changed:
             raise UserError(

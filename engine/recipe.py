@@ -86,6 +86,8 @@ class Recipe:
     """What a method learns from."""
     arms: dict[ArmName, Annotated[AnyMethod, Field(discriminator="kind")]]
     """Methods to compare, by the name of their folder; one of kind none, called baseline, comes first."""
+    placebos: tuple[ArmName, ...] = ()
+    """Arms that also run as placebos: adapted on another clip, and changed at random by an equal norm."""
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     """How continuations are scored."""
     keep: tuple[Literal["video", "latents", "adapter"], ...] = ("video",)

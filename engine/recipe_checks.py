@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from .adaptation import AdaptationSettings
+from .arms import PLACEBOS
 from .methods import Delta, DeltaClosedForm
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
         if isinstance(method, Delta | DeltaClosedForm) and method.ranges > recipe.sampler.steps:
             why = f"should be at most sampler.steps ({recipe.sampler.steps}), was {method.ranges}"
             found.append((("arms", name, "ranges"), why))
+    for name in recipe.placebos:
+        if name not in recipe.arms or recipe.arms[name].kind == "none":
+            adapting = [arm for arm, method in recipe.arms.items() if method.kind != "none"]
+            found.append((("placebos",), f"names {name!r}, which is no arm that adapts; those are {adapting}"))
+    if len(set(recipe.placebos)) < len(recipe.placebos):
+        found.append((("placebos",), f"should name each arm once, was {list(recipe.placebos)}"))
+    if clash := [f"{n}-{p}" for n in recipe.placebos for p in PLACEBOS if f"{n}-{p}" in recipe.arms]:
+        found.append((("placebos",), f"would make an arm named {clash[0]!r}, which arms already has; rename that arm"))
     return found
 
 

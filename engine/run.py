@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .metrics.score import score_frames
 from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
+from .preflight import preflight
 from .progress import RunProgress
 from .rundir import RunDirectory, clip_settings, read_json
 from .session import Session
@@ -42,10 +44,12 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     command goes on where it stopped. Raises UserError for what concerns the whole run.
     """
     session = prepare(recipe, batch_start, batch_end)
-    directory, arms = session.directory, list(recipe.arms)
+    directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
     for arm in [arm for arm, waiting in todo.items() if waiting]:
         session.attach(arm).detach()  # what the network cannot take is said before the first clip
+    if any(todo.values()):
+        session = replace(session, marks=session.marks + preflight(session, lambda clip: read(session, clip).pixels))
     failed = 0
     clips = sum(map(len, todo.values()))
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
@@ -55,7 +59,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         try:
             for arm, waiting in todo.items():
                 failed += run_arm(session, arm, waiting, progress, stop.check)
-            for sentence in write_comparisons(directory, session.clips, arms, recipe.window, stop.check):
+            for sentence in write_comparisons(directory, session.clips, list(recipe.arms), recipe.window, stop.check):
                 progress.say(sentence)
         except Interrupted as reason:
             write_summary(directory, session.listed, arms)
@@ -63,7 +67,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             return 130
         rows = write_summary(directory, session.listed, arms)
     if not quiet:
-        print_summary(rows, arms, session.models.marks)
+        print_summary(rows, arms, session.marks)
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
@@ -97,10 +101,19 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
     reason = LPIPS.available()
     if reason and recipe.scores.lpips == "required":
-        raise UserError(f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty")
+        raise UserError(
+            f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty"
+        )
     models = load_models(recipe.model)
     lpips = LPIPS() if reason is None else None
-    return Session(recipe, RunDirectory(output), models, clips, chosen, lpips, reason, tuple(warnings(recipe)))
+    session = Session(
+        recipe, RunDirectory(output), models, clips, chosen, lpips, reason, models.marks, tuple(warnings(recipe))
+    )
+    if recipe.placebos and len(clips) < 2:
+        raise UserError(
+            f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
+        )
+    return session
 
 
 def run_arm(
@@ -114,7 +127,9 @@ def run_arm(
         progress.step(phase, done, total)
         check_stop()
 
-    captions = session.captions(clips, step)
+    placebo = session.arms[arm].placebo
+    others = [session.other(clip) for clip in clips] if placebo == "other_clip" else []
+    captions = session.captions([*clips, *others], step)
     adapter = session.attach(arm)
     failed = 0
     try:
@@ -122,7 +137,7 @@ def run_arm(
             check_stop()
             progress.clip(arm, clip.id)
             try:
-                result = run_clip(session, arm, clip, captions[clip.id], adapter, step)
+                result = run_clip(session, arm, clip, captions, adapter, step)
             except Interrupted:
                 raise
             except Exception as error:
@@ -142,28 +157,52 @@ def run_arm(
     return failed
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A clip's frames. content: hash of its file and start; frames: uint8 [F, 3, H, W]; pixels: [3, F, H, W] on the device."""
+
+    content: str
+    frames: Tensor
+    pixels: Tensor
+
+
+def read(session: Session, clip: Clip) -> Shown:
+    """The frames of a clip's window, at the recipe's rate and size; raises UserError where the file does not give them."""
+    window, data = session.recipe.window, session.recipe.data
+    content = clip_hash(clip)
+    frames = read_window(
+        clip.path,
+        start=clip.start,
+        frames=window.total_frames,
+        fps=window.fps,
+        height=data.height,
+        width=data.width,
+    )
+    return Shown(content, frames, to_model(frames).to(session.models.dit.device))
+
+
 def run_clip(
-    session: Session, arm: str, clip: Clip, caption: Caption, adapter: Adapter, progress: Progress
+    session: Session, arm: str, clip: Clip, captions: dict[str, Caption], adapter: Adapter, progress: Progress
 ) -> dict[str, Any]:
     """One clip through one method: read, encode, adapt, sample, decode, score, write."""
-    window, data, device = session.recipe.window, session.recipe.data, session.models.dit.device
+    window, device, placebo = session.recipe.window, session.models.dit.device, session.arms[arm].placebo
     seconds: dict[str, float] = {}
     with timed(seconds, "read", device):
-        content = clip_hash(clip)
-        frames = read_window(
-            clip.path,
-            start=clip.start,
-            frames=window.total_frames,
-            fps=window.fps,
-            height=data.height,
-            width=data.width,
-        )
-        pixels = to_model(frames).to(device)
-    latents, seconds["encode"] = session.known_latents(clip, content, pixels)
+        shown = read(session, clip)
+    pixels = shown.pixels
+    latents, seconds["encode"] = session.known_latents(clip, shown.content, pixels)
+    other = None
+    if placebo == "other_clip":
+        other_clip = session.other(clip)
+        other_shown = read(session, other_clip)
+        other_latents, _ = session.known_latents(other_clip, other_shown.content, other_shown.pixels)
+        other = Known(other_clip.id, other_latents, captions[other_clip.id])
     outcome = continue_clip(
         session.experiment,
-        Known(clip.id, latents, caption),
+        Known(clip.id, latents, captions[clip.id]),
         adapter,
+        adapt_on=other,
+        randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
         keep_state="adapter" in session.recipe.keep,
         progress=progress,
     )
@@ -176,24 +215,25 @@ def run_clip(
             lpips=session.lpips,
             lpips_reason=session.lpips_reason,
         )
-    session.write_references(clip, content, pixels)
+    session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
     result = {
         "clip": clip.id,
         "arm": arm,
         **clip_settings(clip),
-        "marks": [*session.models.marks],
+        "marks": [*session.marks],
         "warnings": [*session.warnings],
-        "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": content},
+        "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
         "settings": settings,
         "seeds": session.describe_seeds(clip.id),
         "window": session.describe_window(),
         "paths": session.describe_paths(),
+        "adapted_on": other.clip_id if other else clip.id,
         "adaptation": describe(outcome),
         "scores": scores,
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
     }
-    write_kept(session, arm, clip, frames, outcome)
+    write_kept(session, arm, clip, shown.frames, outcome)
     session.directory.write_result(arm, clip.id, result)
     return result
 

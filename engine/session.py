@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .arms import Arm, arms_of
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip
 from .environment import device_name
@@ -39,7 +40,23 @@ class Session:
     clips: list[Clip]
     lpips: LPIPS | None
     lpips_reason: str | None
+    marks: tuple[str, ...]
+    """What must be said beside every result."""
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        return arms_of(self.recipe)
+
+    def other(self, clip: Clip) -> Clip:
+        """The clip that a placebo adapts on: the next of the whole list, so that it is the same in every shard."""
+        at = [c.id for c in self.listed].index(clip.id)
+        return self.listed[(at + 1) % len(self.listed)]
+
+    def placebo_generator(self, clip_id: str) -> torch.Generator:
+        """For the random placebo of a clip, on the network's device; the same for every method."""
+        seed = seed_for(self.recipe.seed, clip_id, "placebo")
+        return torch.Generator(self.models.dit.device).manual_seed(seed)
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -75,23 +92,25 @@ class Session:
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
-        method = self.recipe.arms[arm]
+        method = self.arms[arm].method
         value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
         if method.kind != "none":
             value["adaptation"] = asdict(self.recipe.adaptation)
+        if placebo := self.arms[arm].placebo:
+            value["placebo"] = placebo
         return plain_json(value)
 
     def unfinished(self) -> dict[str, list[Clip]]:
         """Clips without a result, by arm; raises UserError where a result was made under other settings."""
         return {
             arm: [c for c in self.clips if not check_same_settings(self.directory, arm, c, self.settings(arm))]
-            for arm in self.recipe.arms
+            for arm in self.arms
         }
 
     def attach(self, arm: str) -> Adapter:
         """An arm's method on the network; raises UserError where the network cannot take its settings."""
         try:
-            return self.recipe.arms[arm].attach(self.models.dit, self.recipe.seed)
+            return self.arms[arm].method.attach(self.models.dit, self.recipe.seed)
         except ValueError as error:
             raise UserError(f"arm {arm}: {error}") from error
 

@@ -108,15 +108,6 @@ class TextStates:
     values: tuple[Tensor, ...]
     mask: Tensor | None
 
-    def rows(self, *which: int) -> "TextStates":
-        """The states of the samples `which`, in that order."""
-        index = list(which)
-        return TextStates(
-            tuple(k[index] for k in self.keys),
-            tuple(v[index] for v in self.values),
-            None if self.mask is None else self.mask[index],
-        )
-
 
 class CrossAttention(nn.Module):
     """Every token attends to its sample's caption; no norm of queries and keys, no rotary embedding."""

@@ -1,8 +1,9 @@
 """Checkpoint files: find them, open them without running code from them, load them strictly, fingerprint the result.
 
 Layouts read: one .safetensors, .pth, .pt or .bin file, or a folder as the hub publishes it (one weight file, or shards
-named by an index). Pickled files go through PyTorch's weights-only loader, which builds tensors and plain containers
-and nothing else. Tensors are mapped from the file, not copied, wherever its format allows.
+named by an index), or a folder with a single weight file of any name. Pickled files go through PyTorch's weights-only
+loader, which builds tensors and plain containers and nothing else. Tensors are mapped from the file, not copied, wherever
+its format allows.
 """
 
 import hashlib
@@ -68,8 +69,12 @@ def open_state(path: Path) -> dict[str, Tensor]:
             return _open_file(path / name)
         if (path / f"{name}.index.json").exists():
             return _open_shards(path / f"{name}.index.json")
+    others = [file for file in path.iterdir() if file.suffix in (".safetensors", *PICKLED)]
+    if len(others) == 1:
+        return _open_file(others[0])
     raise UserError(
-        f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}, or one of these names + .index.json."
+        f"{path} holds {'several weight files' if others else 'no weights'}; expected one of {', '.join(WEIGHT_FILES)}, one of "
+        "these names + .index.json, or a single .safetensors, .pth, .pt or .bin file."
     )
 
 

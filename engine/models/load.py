@@ -28,7 +28,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Weights in the published layout: a directory, or a hub id found in the local cache (`vidtta fetch`); or `embedded`."""
+    """Weights in the published layout: a directory, a weight file beside its config.json, or a hub id found in the local cache
+    (`vidtta fetch`); or `embedded`."""
 
     dit: str = "hpcai-tech/OpenSora-STDiT-v4-i2v"
     """The diffusion transformer, STDiT3 v1.3."""
@@ -87,13 +88,14 @@ def _load(
     source: str, kind: str, build: Callable[[dict], Model], device: torch.device, dtype: torch.dtype
 ) -> tuple[Model, bool]:
     path = EMBEDDED / kind if source == "embedded" else resolve_source(source, "vidtta fetch opensora")
-    config = read_config(path)
+    folder = path if path.is_dir() else path.parent  # beside a single file of weights lies its config.json
+    config = read_config(folder)
     trained = source != "embedded" or any(path.glob("*.safetensors*"))
     try:
         with torch.device("meta" if trained else "cpu"):  # no time and memory for numbers that are loaded over
             model = build(config).to(dtype)  # before the weights, which are checked in the dtype that they get
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     if trained:
         load_strict(model, open_state(path), str(path))
     else:
@@ -115,6 +117,7 @@ def load_models(settings: ModelSettings) -> Models:
     if settings.deterministic:
         make_deterministic()
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
+    torch.backends.cudnn.allow_tf32 = False  # else cuDNN rounds what float32 convolutions multiply to 10 bits
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Some virtual machines announce AMX and kill a program that uses it; oneDNN then takes AVX-512 or less.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

@@ -30,7 +30,7 @@ class ArchiveLimits:
     member: int = 2 * 2**30
     """Bytes of one member."""
 
-    total: int = 256 * 2**30
+    total: int = 64 * 2**30
     """Bytes of all members together."""
 
     members: int = 1_000_000
@@ -90,26 +90,22 @@ def unpack(
         if member.number not in left:
             continue
         left.discard(member.number)
-        if reason := _refusal(archive, member, limits):
-            yield member.number, reason
-            continue
+        reason = _refusal(archive, member, limits)
         temporary = folder / f".tmp-{uuid.uuid4().hex[:12]}-unpacked{PurePosixPath(member.path).suffix}"
         try:
             with temporary.open("xb") as handle:
-                for block in _bounded(member.blocks, limits.member):
-                    handle.write(block)
-                total += handle.tell()
+                for block in _bounded(member.blocks, limits.member) if not reason else ():
+                    total += handle.write(block)
+                    if total > limits.total:
+                        raise UserError(f"{archive}: unpacks to over {limits.total:,} bytes; unpack it by other means")
         except _MemberError as error:
-            temporary.unlink()
-            yield member.number, str(error)
-            continue
+            reason = str(error)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        if total > limits.total:
+        if reason:
             temporary.unlink()
-            raise UserError(f"{archive}: unpacks to over {limits.total:,} bytes; unpack it with another program")
-        yield member.number, temporary
+        yield member.number, reason or temporary
         if not left:
             return
     if left:
@@ -187,32 +183,36 @@ def _members(archive: Path) -> Iterator[_Member]:
                     entry.size or 0,
                     entry.isreg and not entry.islnk,
                     bool(is_encrypted(entry._entry_p)),
-                    _blocks(ffi, pointer),
+                    _blocks(archive, ffi, pointer),
                 )
     except ArchiveError as error:
-        raise UserError(
-            f"{archive}: cannot be read as an archive to its end ({getattr(error, 'msg', error)}); fetch it again, or "
-            "unpack it with another program and give the folder"
-        ) from error
+        raise _unreadable(archive, error) from error
     finally:
         os.close(descriptor)
 
 
-def _blocks(ffi: Any, pointer: Any) -> Iterator[bytes]:
-    """A member's content. Raises _MemberError for damage that libarchive can go on behind."""
+def _blocks(archive: Path, ffi: Any, pointer: Any) -> Iterator[bytes]:
+    """A member's content. Raises _MemberError for damage that libarchive can go on behind, else UserError."""
     buffer = ctypes.create_string_buffer(BLOCK)
     while True:
         try:
             count = ffi.read_data(pointer, buffer, BLOCK)
         except ffi.ArchiveError as error:
             if error.retcode != ffi.ARCHIVE_FAILED:
-                raise
+                raise _unreadable(archive, error) from error
             count = error.retcode
         if count < 0:  # a wrong checksum is but a warning to libarchive
-            raise _MemberError(f"damaged in the archive ({(ffi.error_string(pointer) or b'no reason given').decode()})")
+            raise _MemberError(f"damaged in the archive ({(ffi.error_string(pointer) or b'').decode().strip()})")
         if not count:
             return
         yield buffer.raw[:count]
+
+
+def _unreadable(archive: Path, error: Any) -> UserError:
+    return UserError(
+        f"{archive}: cannot be read as an archive to its end ({error.msg}); fetch it again, or unpack it with another "
+        "program and give the folder"
+    )
 
 
 def _libarchive() -> tuple[Any, Any, type[Exception]]:

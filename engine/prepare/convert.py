@@ -5,7 +5,6 @@ Axes: F frames, H height, W width; the 3 is red, green, blue.
 
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,9 @@ from ..files import sha256_file, write_json
 from .output import clip_path, state_path
 from .settings import Settings
 from .storage import write_clip
+from .workers import Job
 
 LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is handed."""
-
-    id: str
-    video: Path
-    out: Path
-    settings: Settings
 
 
 def convert(job: Job) -> dict[str, Any]:

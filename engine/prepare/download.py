@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -90,7 +91,8 @@ def _receive(response: Any, part: Path, have: int, total: int | None, quiet: boo
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = TextColumn(part.stem), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with part.open("ab" if have else "wb") as handle, Progress(*columns, disable=quiet, transient=True) as bars:
+    shown = sys.stdout.isatty() and not quiet
+    with part.open("ab" if have else "wb") as handle, Progress(*columns, disable=not shown, transient=True) as bars:
         task = bars.add_task("", total=total, completed=have)
         while block := response.read(BLOCK):
             handle.write(block)

@@ -22,7 +22,7 @@ from .progress import Progress
 from .sampling import Candidate, in_order
 from .settings import Kind, Settings
 from .sources import Reject, Source, open_source
-from .workers import executor, usable_cpus
+from .workers import Job, executor, usable_cpus, work
 
 MANIFEST = [
     *("path", "id", "caption", "start", "class", "group", "split1", "split2", "split3"),
@@ -128,8 +128,6 @@ def _convert(
     progress: Progress,
 ) -> None:
     """Convert clips side by side and add their states. No more than one unpacked file waits for a worker."""
-    from .convert import Job, convert
-
     pending: dict[Future[State], tuple[Candidate, Path]] = {}
 
     def finish(clip: Candidate, state: State) -> None:
@@ -157,7 +155,7 @@ def _convert(
             for clip, video in found.files(missing, out):
                 check()
                 if isinstance(video, Path):
-                    pending[pool.submit(convert, Job(clip.id, video, out, settings))] = clip, video
+                    pending[pool.submit(work, Job(clip.id, video, out, settings))] = clip, video
                 else:
                     write_json(state_path(out, clip.id), {"rejected": video})
                     finish(clip, {"rejected": video})

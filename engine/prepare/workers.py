@@ -9,7 +9,28 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is handed."""
+
+    id: str
+    video: Path
+    out: Path
+    settings: Settings
+
+
+def work(job: Job) -> dict[str, Any]:
+    """`convert`, imported where it runs: the process that hands out jobs needs neither torch nor av."""
+    from .convert import convert
+
+    return convert(job)
 
 
 def executor(workers: int) -> Executor:

@@ -166,14 +166,3 @@ def test_one_row_of_null_serves_a_batch():
     three = TextStates(*(tuple(t.expand(3, -1, -1, -1) for t in side) for side in (null.keys, null.values)), None)
     x, geometry = noise(12, 3, 12, 12), tables(3, (4, 4), (0,))
     assert torch.equal(layer(x, 0, prompt, null, geometry), layer(x, 0, prompt, three, geometry))
-
-
-def test_rows_of_text_states():
-    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
-    states = text(8, 3, mask)
-    picked = states.rows(2, 0)
-    for layer in range(2):
-        assert torch.equal(picked.keys[layer], states.keys[layer][[2, 0]])
-        assert torch.equal(picked.values[layer], states.values[layer][[2, 0]])
-    assert picked.mask is not None and picked.mask[:, 0, 0].sum(1).tolist() == [3, 5]
-    assert text(8, 3).rows(1).mask is None

@@ -69,6 +69,12 @@ def test_determinism_is_a_setting(settings, deterministic):
     assert torch.are_deterministic_algorithms_enabled() == deterministic
 
 
+def test_float32_is_not_tf32(settings):
+    torch.backends.cudnn.allow_tf32 = True
+    load_models(settings)
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_embedded_weights_need_leave_and_leave_a_mark(settings):
     embedded = replace(settings, dit="embedded")
     assert refusal(embedded) == (
@@ -173,8 +179,19 @@ def test_sources_that_are_not_there(settings, tmp_path):
     (tmp_path / "dit/model.safetensors").unlink()
     assert refusal(settings).startswith(f"{tmp_path}/dit holds no weights; expected one of model.safetensors, ")
     weights = tmp_path / "vae/model.safetensors"
-    assert refusal(replace(settings, dit=str(weights))) == (
-        f"{weights}/config.json cannot be read as JSON ([Errno 20] Not a directory: '{weights}/config.json'); fetch it again."
+    assert refusal(replace(settings, dit=str(weights))).startswith(f"{tmp_path}/vae/config.json: unknown fields")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "ema.pt"])
+def test_a_training_programs_file_loads_by_its_folder_or_its_own_path(settings, tmp_path, name):
+    published = load_models(settings).hashes
+    torch.save({"ema": load_file(tmp_path / "dit/model.safetensors")}, tmp_path / "dit" / name)
+    (tmp_path / "dit/model.safetensors").unlink()
+    for source in (tmp_path / "dit", tmp_path / "dit" / name):
+        assert load_models(replace(settings, dit=str(source))).hashes == published
+    torch.save({}, tmp_path / "dit/optimizer.pt")
+    assert refusal(settings).startswith(
+        f"{tmp_path}/dit holds several weight files; expected one of model.safetensors, "
     )
 
 

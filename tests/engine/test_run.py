@@ -57,6 +57,11 @@ def played(path):
         return [(frame.height, frame.width) for frame in container.decode(video=0)]
 
 
+def statuses(lab, output):
+    with (lab.root / output / "summary.csv").open() as handle:
+        return {(row["arm"], row["clip"]): row["status"] for row in csv.DictReader(handle)}
+
+
 def test_a_result_says_what_was_done(lab, first):
     result = lab.result("first", "full", "ball")
     assert list(result) == [
@@ -256,19 +261,19 @@ def test_neither_shards_nor_order_nor_random_numbers_before_change_a_bit(lab, fi
     reversed_arms = dict(reversed(ARMS.items()))
     torch.manual_seed(1)
     assert lab.run("shards", "--batch-start", "1", arms=reversed_arms) == 0
-    with (lab.root / "shards/summary.csv").open() as handle:
-        halves = {(row["arm"], row["clip"]): row["status"] for row in csv.DictReader(handle)}
-    assert halves["full", "wave"] == "done"
-    assert halves["full", "ball"] == "missing"
+    assert statuses(lab, "shards")["full", "wave"] == "done"
+    assert statuses(lab, "shards")["full", "ball"] == "missing"
     torch.manual_seed(2)
+    Path(lab.root, "shards/arms/full/clips/wave/result.json").unlink()
     assert lab.run("shards", "--batch-end", "1", arms=reversed_arms) == 0
+    assert statuses(lab, "shards")["full", "wave"] == "missing"
+    assert lab.run("shards", "--batch-start", "1", "--batch-end", "2", arms=reversed_arms) == 0
     assert lab.results("shards") == lab.results("first")
     for path in first.rglob("*.safetensors"):
         ours, theirs = load_file(path), load_file(lab.root / "shards" / path.relative_to(first))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    with (lab.root / "shards/summary.csv").open() as handle:
-        assert {row["status"] for row in csv.DictReader(handle)} == {"done"}
+    assert set(statuses(lab, "shards").values()) == {"done"}
     for models in loaded:
         assert state_hash(models.dit) == models.hashes["dit"]
         assert state_hash(models.vae) == models.hashes["vae"]

@@ -16,6 +16,7 @@ from vidtta.engine.methods.full import FullAdapter
 
 from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, WIDTH, make_clip, one_sentence, tiny_lab
 
+ARMS = {"full": FULL, "delta": DELTA}
 BAD = ("broken", "empty", "short", "text")
 
 
@@ -27,7 +28,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(lab):
-    assert lab.run("undisturbed", arms={"full": FULL}) == 0
+    assert lab.run("undisturbed", arms=ARMS) == 0
     return lab.results("undisturbed")
 
 
@@ -150,17 +151,19 @@ def test_an_exception_costs_one_clip_and_the_weights_come_back(lab, undisturbed,
         return sample(experiment, known, adapter, progress)
 
     monkeypatch.setattr(clip_module, "sample_continuation", fails_after_adapting)
-    assert lab.run("boom", arms={"full": FULL}) == 1
-    assert one_sentence(capsys).startswith("results missing: 1; ")
-    (failure,) = failures(lab, "boom").values()
+    assert lab.run("boom", arms=ARMS) == 1
+    assert one_sentence(capsys).startswith("results missing: 2; ")
+    failed = failures(lab, "boom")
+    assert sorted(failed) == ["delta/ball", "full/ball"]
+    failure = failed["full/ball"]
     assert failure["reason"] == "RuntimeError: boom"
     assert "in fails_after_adapting" in failure["traceback"]
     results = lab.results("boom")
-    assert sorted(results) == ["baseline/ball", "baseline/wave", "full/wave"]
+    assert sorted(results) == ["baseline/ball", "baseline/wave", "delta/wave", "full/wave"]
     assert all(results[name] == undisturbed[name] for name in results)
     monkeypatch.undo()
     monkeypatch.setenv("TORCH_HOME", str(lab.root / "no hub"))
-    assert lab.run("boom", arms={"full": FULL}) == 0
+    assert lab.run("boom", arms=ARMS) == 0
     assert lab.results("boom") == undisturbed
     assert failures(lab, "boom") == {}
 
@@ -223,7 +226,7 @@ def test_diverged_weights_are_the_clips_failure(lab, undisturbed):
 def test_a_method_that_does_not_restore_is_found_out(lab, undisturbed, monkeypatch):
     monkeypatch.setattr(FullAdapter, "restore", lambda self: None)
     with pytest.raises(RuntimeError, match="arm full did not restore the network's weights; its results"):
-        lab.run("not restored", arms={"full": FULL, "delta": DELTA})
+        lab.run("not restored", arms=ARMS)
     assert sorted(lab.results("not restored")) == ["baseline/ball", "baseline/wave"]
 
 
@@ -233,9 +236,9 @@ def test_a_comparison_that_cannot_be_made_costs_nothing_else(lab, undisturbed, c
     (folder / "comparisons/ball.mp4").unlink()
     (folder / "arms/full/clips/ball/video.mp4").write_bytes(b"damaged")
     (folder / "summary.csv").unlink()
-    argv = [word for word in lab.argv("no comparison", arms={"full": FULL}) if word != "--quiet"]
+    argv = [word for word in lab.argv("no comparison", arms=ARMS) if word != "--quiet"]
     assert cli.main(argv) == 0
     said = capsys.readouterr().out
     assert f"no comparison of ball: {folder}/arms/full/clips/ball/video.mp4: not a readable video" in said
     assert {row["status"] for row in rows(lab, "no comparison").values()} == {"done"}
-    assert len(rows(lab, "no comparison")) == 4 * len(CLIPS)
+    assert len(rows(lab, "no comparison")) == 5 * len(CLIPS)

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment loses at most the clip in hand."""
+"""A run that is killed at any moment loses at most the clip in hand; tasks in one run directory do not harm each other."""
 
 import random
 
@@ -45,3 +45,14 @@ def test_ten_kills_lose_nothing(lab, undisturbed):
         for clip in CLIPS:
             video = lab.root / output / "comparisons" / f"{clip}.mp4"
             read_window(video, frames=TOTAL, fps=24, height=HEIGHT + 40, width=3 * WIDTH + 4)
+
+
+def test_two_tasks_at_once_in_one_folder(lab, undisturbed):
+    argv = lab.argv("two at once")
+    children = [FORKS.Process(target=run_in_child, args=(argv,)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert lab.results("two at once") == undisturbed

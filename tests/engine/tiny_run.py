@@ -35,19 +35,8 @@ DELTA = {"kind": "delta", "steps": 2, "lr": 0.1}
 
 # Children of a process that has imported everything: a kill then falls into the run and not into the imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "vidtta.engine.run",
-        "vidtta.engine.recipe",
-        "torch._dynamo",
-        "rich.progress",
-        "av",
-        "cv2",
-        "ftfy",
-        "bs4",
-        "pytest",
-    ]
-)
+IMPORTS = "vidtta.engine.run vidtta.engine.recipe torch._dynamo rich.progress av cv2 ftfy bs4 pytest"
+FORKS.set_forkserver_preload(IMPORTS.split())
 
 
 def save_weights(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:

@@ -1,0 +1,30 @@
+"""The arms of a run: its methods, and the placebos that show how much of a method's gain any change of the weights brings."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .methods import AnyMethod
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+Placebo = Literal["other_clip", "random"]
+PLACEBOS: dict[Placebo, str] = {"other_clip": "adapted on another clip", "random": "a random change of equal norm"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method under a name. placebo: adapt on the next clip of the list instead, or adapt and then replace the change of each
+    trained tensor by a random one of equal norm; None is the method itself.
+    """
+
+    name: str
+    method: AnyMethod
+    placebo: Placebo | None = None
+
+
+def arms_of(recipe: "Recipe") -> dict[str, Arm]:
+    """All arms in the order they run: the recipe's own, then the placebos of those it names, as `<arm>-other_clip` and so on."""
+    arms = [Arm(name, method) for name, method in recipe.arms.items()]
+    arms += [Arm(f"{name}-{placebo}", recipe.arms[name], placebo) for name in recipe.placebos for placebo in PLACEBOS]
+    return {arm.name: arm for arm in arms}
