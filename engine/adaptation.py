@@ -15,6 +15,8 @@ from .models.attention import TextStates
 from .models.stdit3 import Caption, Condition, Embedded, STDiT3
 from .seeds import generator_for
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationSettings:
@@ -26,7 +28,7 @@ class AdaptationSettings:
     context_latents: int = 3
     """Known latent frames that condition while adapting; the remaining known ones are predicted. Not used by denoise."""
     timesteps: Literal["logit_normal", "sampler"] = "logit_normal"
-    """logit_normal: as v1.3 was trained; sampler: points of the sampler's own grid."""
+    """logit_normal: as v1.3 was trained; sampler: points spread evenly over the sampler's own grid."""
     draws: int | Literal["fresh"] = "fresh"
     """How many different (timestep, noise) draws to cycle through; fresh: a new one each step."""
     adapted_branches: Literal["all", "conditional"] = "all"
@@ -97,7 +99,10 @@ class Task:
             k = k % self.settings.draws
         generator = generator_for(self.recipe_seed, self.clip_id, "adaptation", k)
         if self.settings.timesteps == "sampler":
-            t = self.grid[torch.randint(len(self.grid), (1,), generator=generator)]
+            # A golden-ratio sequence from a start of the clip's own: any few draws spread evenly over the grid.
+            start = torch.rand((), generator=generator_for(self.recipe_seed, self.clip_id, "adaptation timesteps"))
+            place = (start.item() + k * GOLDEN_RATIO) % 1
+            t = self.grid[int(place * len(self.grid))].reshape(1)
         else:
             t = timestep_transform(logit_normal_timestep(generator), *self._size, size_dtype=self.model.dtype)
         noise = torch.randn(self.latents.shape, generator=generator)

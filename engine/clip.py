@@ -67,10 +67,13 @@ class Outcome:
 
 
 @torch.no_grad()
-def encode_known(vae: VAE, pixels_3FHW: Tensor, window: Window) -> Tensor:
-    """Latents of the known frames alone, [1, C, K, h, w]; the posterior's mode. Frames after them are cut off before encoding."""
+def encode_known(vae: VAE, pixels_3FHW: Tensor, window: Window, generator: torch.Generator | None = None) -> Tensor:
+    """Latents of the known frames alone, [1, C, K, h, w]: the posterior's mode, or with a generator a sample.
+
+    Frames after them are cut off before encoding.
+    """
     known = pixels_3FHW[:, : window.encoded_frames]
-    return vae.encode(known[None].to(next(vae.parameters()).device))
+    return vae.encode(known[None].to(next(vae.parameters()).device), generator)
 
 
 def continue_clip(
@@ -108,6 +111,8 @@ def continue_clip(
         state = adapter.state() if keep_state else {}
     finally:
         adapter.restore()
+    if (left := adapter.change()).changed:
+        raise RuntimeError(f"restoring left {left.changed} numbers changed; no later result could be trusted")
     return Outcome(pixels, latents, trace, change, state, seconds, peak_memory(experiment.dit.device))
 
 

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def describe_code() -> str:
+    """Version, and commit where the code is a checkout: what a result says it was computed by."""
+    commit = _commit()
+    return f"{_version('vidtta') or 'unknown'}{f' at {commit}' if commit else ''}"
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
@@ -47,6 +54,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -48,18 +48,22 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     todo = session.unfinished()
     for arm in [arm for arm, waiting in todo.items() if waiting]:
         session.attach(arm).detach()  # what the network cannot take is said before the first clip
-    if any(todo.values()):
-        session = replace(session, marks=session.marks + preflight(session, lambda clip: read(session, clip).pixels))
     failed = 0
     clips = sum(map(len, todo.values()))
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
         write_head(session)
+        if clips:
+            session = replace(
+                session, marks=session.marks + preflight(session, lambda clip: read(session, clip).pixels)
+            )
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
             for arm, waiting in todo.items():
                 failed += run_arm(session, arm, waiting, progress, stop.check)
-            for sentence in write_comparisons(directory, session.clips, list(recipe.arms), recipe.window, stop.check):
+            for sentence in write_comparisons(
+                directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
+            ):
                 progress.say(sentence)
         except Interrupted as reason:
             write_summary(directory, session.listed, arms)
@@ -191,15 +195,16 @@ def run_clip(
         shown = read(session, clip)
     pixels = shown.pixels
     latents, seconds["encode"] = session.known_latents(clip, shown.content, pixels)
-    other = None
+    other, adapted_on = None, {clip.id: shown.content}
     if placebo == "other_clip":
         other_clip = session.other(clip)
         other_shown = read(session, other_clip)
         other_latents, _ = session.known_latents(other_clip, other_shown.content, other_shown.pixels)
-        other = Known(other_clip.id, other_latents, captions[other_clip.id])
+        other = Known(other_clip.id, other_latents, captions[other_clip.id].to(device))
+        adapted_on = {other_clip.id: other_shown.content}
     outcome = continue_clip(
         session.experiment,
-        Known(clip.id, latents, captions[clip.id]),
+        Known(clip.id, latents, captions[clip.id].to(device)),
         adapter,
         adapt_on=other,
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
@@ -228,7 +233,7 @@ def run_clip(
         "seeds": session.describe_seeds(clip.id),
         "window": session.describe_window(),
         "paths": session.describe_paths(),
-        "adapted_on": other.clip_id if other else clip.id,
+        "adapted_on": adapted_on,
         "adaptation": describe(outcome),
         "scores": scores,
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
@@ -268,7 +273,8 @@ def write_head(session: Session) -> None:
         write_text(root / "recipe.yaml", dump_recipe(session.recipe))
     except OSError as error:
         raise UserError(f"output_dir {root}: cannot be written ({error.strerror}); choose another") from error
-    write_json(root / "environment.json", describe_environment(session.models.dit.device))
+    if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
+        write_json(root / "environment.json", describe_environment(session.models.dit.device))
     ours, theirs = session.describe_paths(), read_json(root / "choices.json")
     if theirs is None:
         write_json(root / "choices.json", ours)

@@ -69,22 +69,29 @@ def clip_settings(clip: Clip) -> dict[str, Any]:
     return {"caption": clip.caption, "start": clip.start}
 
 
-def check_same_settings(directory: RunDirectory, arm: str, clip: Clip, settings: dict[str, Any]) -> bool:
-    """Whether a finished result exists; raises UserError if it was made under other settings."""
+def check_same_settings(
+    directory: RunDirectory, arm: str, clip: Clip, settings: dict[str, Any], content: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """A finished result, None where there is none; raises UserError if it was made under other settings.
+
+    content: what it must say of the clips themselves (`clip`, `adapted_on`), where they could be read.
+    """
     result = directory.result(arm, clip.id)
     if result is None:
-        return False
+        return None
     where = None
     if result.get("keys", {}).get("settings") != sha256_json(settings):
         where = first_difference(result.get("settings", {}), settings)
     elif (before := {name: result.get(name) for name in clip_settings(clip)}) != clip_settings(clip):
         where = first_difference(before, clip_settings(clip))
+    elif content and (before := {"clip": result["keys"]["clip"], "adapted_on": result["adapted_on"]}) != content:
+        where = first_difference(before, content)
     if where:
         raise UserError(
             f"{directory.root}: the result of clip {clip.id} in arm {arm} was made under other settings ({where}); "
             "choose another output_dir, or remove that arm's folder to make it again"
         )
-    return True
+    return result
 
 
 def first_difference(before: Any, now: Any, path: str = "") -> str:

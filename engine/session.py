@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .arms import Arm, arms_of
 from .clip import Experiment, Progress, encode_known, timed
-from .data.clips import Clip
-from .environment import device_name
+from .data.clips import Clip, clip_hash
+from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .methods.protocol import Adapter
@@ -20,7 +20,7 @@ from .models.load import Models
 from .models.stdit3 import Caption
 from .references import reference_scores
 from .rundir import RunDirectory, check_same_settings, read_json
-from .seeds import seed_for
+from .seeds import generator_for, seed_for
 from .text.cache import encode_distinct, text_key
 from .text.encoder import load_text_encoder
 from .text.prompt import prepare_prompt
@@ -101,11 +101,42 @@ class Session:
         return plain_json(value)
 
     def unfinished(self) -> dict[str, list[Clip]]:
-        """Clips without a result, by arm; raises UserError where a result was made under other settings."""
-        return {
-            arm: [c for c in self.clips if not check_same_settings(self.directory, arm, c, self.settings(arm))]
-            for arm in self.arms
-        }
+        """Clips of this task without a result, by arm.
+
+        Raises UserError where a result of any listed clip was made under other settings, or, for this task's clips, from
+        another video: one table must not mix them.
+        """
+        chosen, waiting = {clip.id for clip in self.clips}, {}
+        contents: dict[str, str] = {}
+        for arm in self.arms:
+            settings = self.settings(arm)
+            waiting[arm] = []
+            for clip in self.listed:
+                content = self._content(arm, clip, contents) if clip.id in chosen else None
+                result = check_same_settings(self.directory, arm, clip, settings, content)
+                if clip.id in chosen and not (result and self._complete(arm, clip, result)):
+                    waiting[arm].append(clip)
+        return waiting
+
+    def _content(self, arm: str, clip: Clip, contents: dict[str, str]) -> dict[str, Any] | None:
+        """What a result of this clip must say of the videos it was made from; None where the clip cannot be read."""
+        if not (self.directory.clip(arm, clip.id) / "result.json").exists():
+            return None
+        used = [clip, self.other(clip)] if self.arms[arm].placebo == "other_clip" else [clip]
+        try:
+            for one in used:
+                contents[one.id] = contents.get(one.id) or clip_hash(one)
+        except UserError:
+            return None
+        return {"clip": contents[clip.id], "adapted_on": {one.id: contents[one.id] for one in used[-1:]}}
+
+    def _complete(self, arm: str, clip: Clip, result: dict[str, Any]) -> bool:
+        """Whether a result holds all that the recipe now asks for: LPIPS where it can be had, and the files of `keep`."""
+        if self.lpips is not None and result["scores"]["lpips"]["mean"] is None:
+            return False
+        folder, adapts = self.directory.clip(arm, clip.id), self.arms[arm].method.kind != "none"
+        files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
+        return all((folder / files[name]).exists() for name in self.recipe.keep if name != "adapter" or adapts)
 
     def attach(self, arm: str) -> Adapter:
         """An arm's method on the network; raises UserError where the network cannot take its settings."""
@@ -115,7 +146,7 @@ class Session:
             raise UserError(f"arm {arm}: {error}") from error
 
     def captions(self, clips: list[Clip], progress: Progress) -> dict[str, Caption]:
-        """The network's captions by clip id; the text encoder runs over the distinct new ones and leaves the device."""
+        """Captions by clip id, kept off the device; the text encoder runs over the distinct new ones and leaves the device."""
         p, config, device = self.recipe.prompt, self.models.dit.config, self.models.dit.device
         prompts = {c.id: prepare_prompt(c.caption, p.aesthetic, p.motion, p.camera_motion) for c in clips}
         encoded = encode_distinct(
@@ -131,7 +162,7 @@ class Session:
             self.text_key,
             lambda done: progress("captions", done, len(set(prompts.values()))),
         )
-        return {c: Caption(encoded[prompt].embedding[None].to(device, torch.float32)) for c, prompt in prompts.items()}
+        return {c: Caption(encoded[prompt].embedding[None].float()) for c, prompt in prompts.items()}
 
     def known_latents(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> tuple[Tensor, float]:
         """Latents of the known frames and the seconds it took to encode them; encoded once for all arms."""
@@ -143,7 +174,10 @@ class Session:
             pass  # not there yet, or damaged: made again
         seconds: dict[str, float] = {}
         with timed(seconds, "encode", pixels_3FHW.device):
-            latents = encode_known(self.models.vae, pixels_3FHW, self.recipe.window)
+            window, generator = self.recipe.window, None
+            if window.posterior == "sample":
+                generator = generator_for(self.recipe.seed, clip.id, "posterior")
+            latents = encode_known(self.models.vae, pixels_3FHW, window, generator)
         write_tensors(path, {"latents": latents}, {"seconds": str(seconds["encode"])})
         return latents, seconds["encode"]
 
@@ -159,7 +193,7 @@ class Session:
         """What decides the latents of a clip whose content has this hash."""
         protocol = self.protocol
         return sha256_json(
-            [content, self.models.hashes["vae"], *(protocol[name] for name in ("window", "size", "dtype", "device"))]
+            [content, self.models.hashes["vae"], *(protocol[n] for n in ("seed", "window", "size", "dtype", "device"))]
         )
 
     def describe_window(self) -> dict[str, Any]:
@@ -186,11 +220,13 @@ class Session:
             "device": device_name(self.models.dit.device),
             "dtype": self.recipe.model.dtype,
             "deterministic": self.recipe.model.deterministic,
+            "threads": torch.get_num_threads() if self.models.dit.device.type == "cpu" else None,
+            "vidtta": describe_code(),
             "torch": torch.__version__,
             "attention": "torch scaled_dot_product_attention",
             "compile": "none",
             "kernels": "none",
-            "posterior": "mode",
+            "posterior": self.recipe.window.posterior,
         }
 
 

@@ -101,9 +101,15 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
 
 
 def write_comparisons(
-    directory: RunDirectory, clips: list[Clip], arms: list[str], window: Window, check_stop: Callable[[], None]
+    directory: RunDirectory,
+    clips: list[Clip],
+    arms: list[str],
+    window: Window,
+    untrained: bool,
+    check_stop: Callable[[], None],
 ) -> list[str]:
     """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only.
+    untrained: say on the generated frames that the weights are.
 
     Returns a sentence for each that could not be made: results do not depend on them.
     """
@@ -115,13 +121,13 @@ def write_comparisons(
         if not all(video.exists() for video in videos) or _newer(target, videos):
             continue
         try:
-            _write_comparison(target, clip, dict(zip(arms, videos, strict=True)), window)
+            _write_comparison(target, clip, dict(zip(arms, videos, strict=True)), window, untrained)
         except UserError as error:
             skipped.append(f"no comparison of {clip.id}: {error}")
     return skipped
 
 
-def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window: Window) -> None:
+def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window: Window, untrained: bool) -> None:
     from .data.video import read_window, side_by_side, write_video
 
     frames, fps = window.total_frames, window.fps
@@ -129,7 +135,7 @@ def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window:
     columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
     for arm, video in videos.items():
         columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
-    write_video(target, side_by_side(columns, window.known_frames), fps)
+    write_video(target, side_by_side(columns, window.known_frames, "untrained" if untrained else ""), fps)
 
 
 def _newer(target: Path, sources: list[Path]) -> bool:

@@ -24,6 +24,8 @@ class Window:
     """Pixel frames the model generates: 16 k + 1 (49 for 45; what exceeds total_frames is dropped), or total_frames by name."""
     known_chunks: Literal["partial", "whole"] = "partial"
     """Encode known frames up to the last 4 k + 1 (22 -> 21 frames, 7 latents) or whole chunks only (22 -> 17 frames, 5 latents)."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """Known latents: the mode of the VAE's posterior, or a sample (the official code samples)."""
     fps: float = 24.0
     """Frames a second that clips are resampled to."""
     scored_from: int | None = None

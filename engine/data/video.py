@@ -121,15 +121,16 @@ def write_video(path: Path, frames_F3HW: Tensor, fps: float) -> None:
         container.mux(stream.encode())
 
 
-def side_by_side(columns: list[tuple[str, Tensor]], seam: int | None = None) -> Tensor:
+def side_by_side(columns: list[tuple[str, Tensor]], seam: int | None = None, note: str = "") -> Tensor:
     """Put videos of one size beside each other, labels above, lines between; uint8 [F, 3, H + 40, all W + 2 a line].
 
     columns: (label, uint8 [F, 3, H, W]). Frames before `seam`, the first generated frame, are marked "given" under the
-    label and the others "continued"; without a seam nothing is marked. What is too long for its column is cut.
+    label and the others "continued"; without a seam nothing is marked. `note` follows "continued". What is too long for its column is cut.
     """
     shape = columns[0][1].shape
     assert all(video.shape == shape for _, video in columns), [video.shape for _, video in columns]
-    marks = ["" if seam is None else "given" if k < seam else "continued" for k in range(shape[0])]
+    continued = f"continued, {note}" if note else "continued"
+    marks = ["" if seam is None else "given" if k < seam else continued for k in range(shape[0])]
     line_F3H2 = torch.full((shape[0], 3, shape[2] + 40, 2), 128, dtype=torch.uint8)
     parts = []
     for label, video_F3HW in columns:
@@ -147,7 +148,7 @@ def _bar(label: str, mark: str, width: int) -> Tensor:
         raise UserError(f"labels need cv2, which does not import ({error}); install opencv-python-headless") from error
 
     bar_HW3 = np.full((40, width, 3), 24, dtype=np.uint8)
-    colour = (255, 190, 90) if mark == "continued" else (150, 210, 150)
+    colour = (255, 190, 90) if mark.startswith("continued") else (150, 210, 150)
     for text, size, baseline, ink in ((label, 0.5, 16, (255, 255, 255)), (mark, 0.4, 33, colour)):
         while text and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)[0][0] > width - 8:
             text = text[:-1]

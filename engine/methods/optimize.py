@@ -13,7 +13,8 @@ from torch import Tensor
 
 @dataclass
 class Trace:
-    """What adapting did. losses and zero_losses: of each step, before it; steps: taken; seconds are kept by the caller."""
+    """What adapting did. losses and zero_losses: of each step, before it (of a closed form: before
+    and after it); steps: taken; seconds are kept by the caller."""
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)

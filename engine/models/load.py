@@ -117,7 +117,7 @@ def load_models(settings: ModelSettings) -> Models:
     if settings.deterministic:
         make_deterministic()
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
-    torch.backends.cudnn.allow_tf32 = False  # else cuDNN rounds what float32 convolutions multiply to 10 bits
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # else cuDNN rounds what float32 convolutions multiply to 10 bits
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Some virtual machines announce AMX and kill a program that uses it; oneDNN then takes AVX-512 or less.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
@@ -132,4 +132,11 @@ def load_models(settings: ModelSettings) -> Models:
                 "path on them all the same, or name trained weights"
             )
         marks = (UNTRAINED,)
+    elif settings.text == "embedded":
+        if not settings.allow_untrained:
+            raise UserError(
+                "model.text is embedded, whose table of words is not trained; set model.allow_untrained=true to run on it all "
+                "the same, or name a T5 encoder"
+            )
+        marks = ("untrained text: captions are looked up in a table filled by a fixed rule",)
     return Models(dit, vae, {"dit": state_hash(dit), "vae": state_hash(vae)}, marks)

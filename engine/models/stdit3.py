@@ -185,6 +185,9 @@ class Caption:
     embedding: Tensor
     mask: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Caption":
+        return Caption(self.embedding.to(device), None if self.mask is None else self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class Condition:

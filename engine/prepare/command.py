@@ -61,7 +61,7 @@ def _add_common(parser: argparse.ArgumentParser, count: int | None) -> None:
         help="fill the frame and cut what stands out, or show all between black bars (default: crop)",
     )
     parser.add_argument("--start", choices=get_args(Start), default=Settings.start, help="of the clip within the video")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each CPU)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each CPU, at most 16)")
     parser.add_argument("--quiet", action="store_true", help="print the last line alone")
 
 

@@ -68,7 +68,10 @@ def locked(out: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise UserError(f"another vidtta prepare is at work in {out}; wait for it to end") from error
         _remove_temporaries(out)
-        yield
+        try:
+            yield
+        finally:
+            _remove_temporaries(out)
     finally:
         os.close(handle)
 
@@ -107,7 +110,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any
 
 
 def _remove_temporaries(out: Path) -> None:
-    """What a killed command left behind."""
+    """What a command left behind that was killed, or ended its workers."""
     for folder in (out, out / "clips", out / "state"):
         for path in folder.iterdir() if folder.is_dir() else ():
             if TEMPORARY.fullmatch(path.name):

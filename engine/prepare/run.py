@@ -22,7 +22,7 @@ from .progress import Progress
 from .sampling import Candidate, in_order
 from .settings import Kind, Settings
 from .sources import Reject, Source, open_source
-from .workers import Job, executor, usable_cpus, work
+from .workers import Job, end_workers, executor, usable_cpus, work
 
 MANIFEST = [
     *("path", "id", "caption", "start", "class", "group", "split1", "split2", "split3"),
@@ -51,23 +51,22 @@ def prepare(
     """
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies within the source {source}; give a folder elsewhere as --out")
-    with locked(out), stop_flag() as stop, Progress(quiet) as progress:
+    with locked(out):
         found = open_source(kind, source, splits)
         versions = {name: importlib.metadata.version(name) for name in ("av", "torch")}
         begun_with = begin(out, _identity(kind, found, settings), versions)
-        if begun_with != versions:
-            progress.say(
-                f"warning: begun with {begun_with}, going on with {versions}; other versions may give other bits"
-            )
         captions = load_captions(out / "captions.txt", kind, found.candidates)
         states: dict[str, State] = {}
-        try:
-            chosen = _choose_and_convert(found, out, settings, workers or usable_cpus(), states, stop.check, progress)
-        except Interrupted as error:
-            where = f"after {progress.done} of {progress.total} clips"
-            raise Interrupted(f"{where}; the same command goes on from there") from error
-        except OSError as error:
-            raise UserError(f"{error}; make room or mend the folder, and run the same command again") from error
+        with stop_flag() as stop, Progress(quiet) as progress:
+            if begun_with != versions:
+                progress.say(f"warning: begun with {begun_with}, now {versions}; other versions may give other bits")
+            try:
+                chosen = _choose_and_convert(found, out, settings, workers or usable_cpus(), states, stop.check, progress)
+            except Interrupted as error:
+                where = f"after {progress.done} of {progress.total} clips"
+                raise Interrupted(f"{where}; the same command goes on from there") from error
+            except OSError as error:
+                raise UserError(f"{error}; make room or mend the folder, and run the same command again") from error
         if kind == "folder":
             place = {clip.id: number for number, clip in enumerate(found.candidates)}
             chosen.sort(key=lambda clip: place[clip.id])
@@ -166,6 +165,9 @@ def _convert(
             raise UserError(
                 "a worker process was killed, often for want of memory; run the same command again, with fewer --workers"
             ) from error
+        except BaseException:
+            end_workers()
+            raise
 
 
 def _remove_unpacked(video: Path, out: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ..data.clips import SUFFIXES, Data, list_clips
+from ..data.clips import SUFFIXES, Clip, Data, list_clips
 from ..errors import UserError
 from .archive import list_archive, unpack
 from .sampling import Candidate
@@ -61,14 +61,12 @@ def open_source(kind: Kind, path: Path, splits: Path | None = None) -> Source:
 
 
 def _folder_of_any(folder: Path) -> Source:
-    clips = list_clips(Data(clips=str(folder.absolute())), Path())
-    candidates = [Candidate(clip.id, *_path_and_size(clip.path, folder)) for clip in clips]
+    candidates = [Candidate(clip.id, *_path_and_size(clip.path, folder)) for clip in _videos(folder)]
     return Source(candidates, [], _files_of(folder))
 
 
 def _folder_of_ucf101(folder: Path, splits: Path | None) -> Source:
-    clips = list_clips(Data(clips=str(folder.absolute())), Path())
-    candidates, refused = _candidates([(*_path_and_size(clip.path, folder), 0) for clip in clips])
+    candidates, refused = _candidates([(*_path_and_size(clip.path, folder), 0) for clip in _videos(folder)])
     return Source(candidates, refused, _files_of(folder), _find_splits(folder, splits))
 
 
@@ -84,6 +82,13 @@ def _archive_of_ucf101(archive: Path, splits: Path | None) -> Source:
 
     inside = read_splits(sorted(listing.texts.items())) if splits is None else {}
     return Source(candidates, refused, files, inside or _find_splits(archive, splits))
+
+
+def _videos(folder: Path) -> list[Clip]:
+    try:
+        return list_clips(Data(clips=str(folder.absolute())), Path())
+    except UserError as error:
+        raise UserError(str(error).removeprefix("data.clips: ")) from error
 
 
 def _path_and_size(path: Path, folder: Path) -> tuple[str, int]:

@@ -217,3 +217,14 @@ def test_a_context_of_every_known_frame_leaves_nothing_to_predict(context):
             tiny_task(tiny_dit(), AdaptationSettings(objective=objective, context_latents=context))
     task = tiny_task(tiny_dit(), AdaptationSettings(objective="denoise", context_latents=context))
     assert task.geometry.known == 0
+
+
+def test_sampler_draws_spread_evenly_over_the_grid():
+    """Sixteen draws of any clip meet each quarter of the grid, so that no range of timesteps is left without one."""
+    model = tiny_dit()
+    for clip in range(50):
+        task = tiny_task(
+            model, AdaptationSettings(draws=16, timesteps="sampler"), clip_id=f"clip {clip}", sampling_steps=32
+        )
+        places = sorted((task.grid == task.draw(k).t).nonzero().item() for k in range(16))
+        assert {int(place) // 8 for place in places} == {0, 1, 2, 3}

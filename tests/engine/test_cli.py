@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from vidtta.engine import cli
 from vidtta.engine.errors import Interrupted, UserError
+from vidtta.engine.prepare.settings import Settings
 from vidtta.engine.recipe import dump_recipe, load_recipe, recipe_schema
 from vidtta.engine.recipe_files import list_recipes
 
@@ -60,6 +61,11 @@ def refused(capsys, *argv):
         (["run", "lora", "seed"], 2),
         (["run", "lora", "--batch-start", "3", "--batch-end", "3"], 2),
         (["fetch", "everything"], 2),
+        (["prepare", "--help"], 0),
+        (["prepare", "ucf101", "--help"], 0),
+        (["prepare", "ucf101", "--out", "o"], 2),
+        (["prepare", "ucf101", "--source", "nothing", "--out", "o"], 2),
+        (["prepare", "folder", "nothing", "--out", "o", "--frames", "9"], 2),
     ],
 )
 def test_help_listing_and_argument_errors_need_no_torch(argv, status):
@@ -80,14 +86,14 @@ def test_the_module_is_the_command():
 
 
 def test_help_names_every_command_and_an_example(capsys):
-    for argv in ([], ["run"], ["recipes"], ["validate"], ["schema"], ["fetch"], ["doctor"]):
+    for argv in ([], ["run"], ["recipes"], ["validate"], ["schema"], ["fetch"], ["prepare"], ["doctor"]):
         with pytest.raises(SystemExit) as caught:
             cli.main([*argv, "--help"])
         assert caught.value.code == 0
         text = capsys.readouterr().out
         assert "example: vidtta " + "".join(argv) in text
         if not argv:
-            assert all(name in text for name in ("run", "recipes", "validate", "schema", "fetch", "doctor"))
+            assert all(name in text for name in ("run", "recipes", "validate", "schema", "fetch", "prepare", "doctor"))
 
 
 def test_recipes_lists_names_and_first_lines(capsys):
@@ -173,6 +179,50 @@ def test_fetch_prints_the_paths(calls, capsys):
     assert cli.main(["fetch", "opensora"]) == 0
     assert calls.made == [("fetch", ("opensora",), {})]
     assert capsys.readouterr().out == "/cache/a\n/cache/b\n"
+
+
+def test_prepare_hands_the_settings_over(monkeypatch):
+    made = []
+    run = types.SimpleNamespace(prepare=lambda *args, **options: made.append((args, options)) or 1)
+    monkeypatch.setitem(sys.modules, "vidtta.engine.prepare.run", run)
+    words = ["--count", "9", "--seed", "3", "--replace", "--height", "240", "--width", "424", "--fps", "30"]
+    words += ["--frames", "49", "--conditioning-frames", "17", "--aspect", "pad", "--start", "middle"]
+    words += ["--splits", "lists", "--workers", "5", "--quiet"]
+    assert cli.main(["prepare", "ucf101", "--source", "a.rar", "--out", "o", *words]) == 1
+    settings = Settings(
+        count=9,
+        seed=3,
+        replace=True,
+        height=240,
+        width=424,
+        fps=30.0,
+        frames=49,
+        conditioning_frames=17,
+        aspect="pad",
+        start="middle",
+    )
+    options = {"splits": Path("lists"), "workers": 5, "quiet": True}
+    assert made.pop() == (("ucf101", Path("a.rar"), Path("o"), settings), options)
+    options = {"splits": None, "workers": None, "quiet": False}
+    assert cli.main(["prepare", "folder", "videos", "--out", "o"]) == 1
+    assert made.pop() == (("folder", Path("videos"), Path("o"), Settings(count=None)), options)
+    fetched = types.SimpleNamespace(download_ucf101=lambda folder, quiet: folder / "fetched.rar")
+    monkeypatch.setitem(sys.modules, "vidtta.engine.prepare.download", fetched)
+    assert cli.main(["prepare", "ucf101", "--download", "--out", "o"]) == 1
+    assert made.pop() == (("ucf101", Path("o/downloads/fetched.rar"), Path("o"), Settings()), options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "0"], "error: count is 0; it must be at least 1"),
+        (["--workers", "0"], "error: workers is 0; it must be at least 1"),
+        (["--frames", "22"], "error: conditioning_frames is 22; it must be at least 1 and below frames (22)"),
+    ],
+)
+def test_settings_of_prepare_that_are_refused(words, message, capsys):
+    assert cli.main(["prepare", "folder", "videos", "--out", "o", *words]) == 2
+    assert capsys.readouterr().err == message + "\n"
 
 
 def test_doctor_gets_the_folder(calls):

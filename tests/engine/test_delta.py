@@ -292,8 +292,8 @@ def test_a_batch_may_hold_timesteps_of_several_ranges():
 def test_a_range_without_a_draw_is_refused(method):
     model = tiny_dit()
     task = tiny_task(model, AdaptationSettings(draws=2, timesteps="sampler"))
-    assert [in_range(task, k, 3) for k in range(2)] == [1, 1]
-    message = "adaptation.draws (2) left 2 of 3 ranges of timesteps without a draw; use more draws or fewer ranges"
+    assert [in_range(task, k, 3) for k in range(2)] == [2, 1]
+    message = "adaptation.draws (2) left 1 of 3 ranges of timesteps without a draw; use more draws or fewer ranges"
     adapter = method.attach(model, 0)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         adapter.adapt(task, ignore)

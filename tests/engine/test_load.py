@@ -70,9 +70,9 @@ def test_determinism_is_a_setting(settings, deterministic):
 
 
 def test_float32_is_not_tf32(settings):
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
     load_models(settings)
-    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
 
 
 def test_embedded_weights_need_leave_and_leave_a_mark(settings):

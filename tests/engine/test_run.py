@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from vidtta.engine import run as run_module
 from vidtta.engine import session as session_module
 from vidtta.engine.data.video import read_window, to_model
+from vidtta.engine.environment import describe_code
 from vidtta.engine.metrics.score import score_frames
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.models.load import load_dit, load_vae
@@ -21,6 +22,8 @@ from vidtta.engine.text import cache
 from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, KNOWN, TOTAL, WIDTH, tiny_lab
 
 ARMS = {"full": FULL, "delta": DELTA}
+UNTRAINED_TEXT = "untrained text: captions are looked up in a table filled by a fixed rule"
+WORSE_THAN_ZERO = "the network predicts worse than zero before adapting (preflight.json)"
 CPU = torch.device("cpu")
 
 
@@ -66,9 +69,12 @@ def test_a_result_says_what_was_done(lab, first):
     result = lab.result("first", "full", "ball")
     assert list(result) == [
         *("clip", "arm", "caption", "start", "marks", "warnings", "keys", "settings", "seeds", "window", "paths"),
-        *("adaptation", "scores", "cost"),
+        *("adapted_on", "adaptation", "scores", "cost"),
     ]
-    assert [result[key] for key in ("clip", "arm", "caption", "start", "marks")] == ["ball", "full", "Ball.", 0.0, []]
+    named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
+    assert named == {"clip": "ball", "arm": "full", "caption": "Ball.", "start": 0.0}
+    assert result["adapted_on"] == {"ball": result["keys"]["clip"]}
+    assert result["marks"] == [UNTRAINED_TEXT, WORSE_THAN_ZERO]
     assert result["warnings"] == ["24x16 lies outside the sizes v1.3 was trained at (360p, 720p)"]
     assert result["window"] == {
         "known_frames": 10,
@@ -87,6 +93,8 @@ def test_a_result_says_what_was_done(lab, first):
         "device": result["paths"]["device"],
         "dtype": "float32",
         "deterministic": True,
+        "threads": 1,
+        "vidtta": describe_code(),
         "torch": torch.__version__,
         "attention": "torch scaled_dot_product_attention",
         "compile": "none",
@@ -278,6 +286,33 @@ def test_neither_shards_nor_order_nor_random_numbers_before_change_a_bit(lab, fi
         assert state_hash(models.dit) == models.hashes["dit"]
         assert state_hash(models.vae) == models.hashes["vae"]
         assert not any(p.requires_grad or p.grad is not None for p in models.dit.parameters())
+
+
+def test_placebos(lab, first):
+    """One adapts on the next clip of the whole list, whatever the shard; one moves at random as far as the method did."""
+    one = {"arms": {"delta": DELTA}, "placebos": ["delta"]}
+    assert lab.run("placebos", "--batch-start", "1", **one) == 0
+    assert lab.run("placebos", "--batch-end", "1", **one) == 0
+    results, without = lab.results("placebos"), lab.results("first")
+    arms = ("baseline", "delta", "delta-other_clip", "delta-random")
+    assert list(results) == [f"{arm}/{clip}" for arm in arms for clip in CLIPS]
+    assert results["delta/ball"] == without["delta/ball"]
+    for clip, other in (CLIPS, CLIPS[::-1]):
+        on_other, moved = results[f"delta-other_clip/{clip}"], results[f"delta-random/{clip}"]
+        assert list(on_other["adapted_on"]) == [other]
+        assert on_other["adaptation"] == results[f"delta/{other}"]["adaptation"]
+        assert list(moved["adapted_on"]) == [clip]
+        adaptation, method = moved["adaptation"], results[f"delta/{clip}"]["adaptation"]
+        assert adaptation["losses"] == method["losses"]
+        assert adaptation["change"]["master"] == pytest.approx(method["change"]["master"], rel=1e-5)
+        assert len({results[f"{arm}/{clip}"]["scores"]["psnr"]["mean"] for arm in arms}) == 4
+        assert len({results[f"{arm}/{clip}"]["keys"]["settings"] for arm in arms}) == 4
+        assert [results[f"{arm}/{clip}"]["settings"].get("placebo") for arm in arms] == [
+            *(None, None, "other_clip", "random")
+        ]
+    assert set(statuses(lab, "placebos").values()) == {"done"}
+    assert len(statuses(lab, "placebos")) == (2 + 4) * 2
+    assert played(lab.root / "placebos/comparisons/ball.mp4")[0] == (HEIGHT + 40, 3 * WIDTH + 2 * 2)
 
 
 def test_equal_prompts_are_encoded_once_and_never_again(lab, monkeypatch):

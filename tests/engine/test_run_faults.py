@@ -97,7 +97,7 @@ def refused(lab, capsys, *words, **sections):
 
 def test_what_concerns_the_whole_run_is_said_before_the_first_clip(lab, capsys):
     (lab.root / "nothing").mkdir(exist_ok=True)
-    data = lab.settings["data"]
+    data, model = lab.settings["data"], {**lab.settings["model"], "allow_untrained": False}
     assert refused(lab, capsys, data={**data, "clips": str(lab.root / "nothing")}).startswith(
         f"data.clips: no video lies below {lab.root}/nothing; "
     )
@@ -123,9 +123,32 @@ def test_what_concerns_the_whole_run_is_said_before_the_first_clip(lab, capsys):
     assert refused(lab, capsys, arms={"delta": DELTA, "late": {**lora, "rank": 4, "last_layers": 3}}) == (
         "arm late: last_layers must be at most 2 for this network, was 3"
     )
-    assert refused(lab, capsys, model={**lab.settings["model"], "dit": "embedded"}).startswith(
+    assert refused(lab, capsys, model={**model, "dit": "embedded"}).startswith(
         "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true"
     )
+    assert refused(lab, capsys, "data.limit=1", placebos=["delta"]) == (
+        "placebos needs a second clip to adapt on, and data.clips has 1; leave placebos out"
+    )
+
+
+def test_a_network_worse_than_predicting_zero_is_refused(lab, capsys):
+    """The weights of these tests are one; elsewhere they have leave to be."""
+    make_clip(lab.root / "one bad/b.mp4", seed=0)
+    (lab.root / "one bad/a.mp4").touch()
+    data = {"clips": str(lab.root / "one bad"), "height": HEIGHT, "width": WIDTH}
+    write_tensors(lab.root / "table.safetensors", {"table": torch.ones(1025, 16)})
+    overrides = ("model.allow_untrained=false", f"model.text=embedded:{lab.root}/table.safetensors")
+    assert lab.run("worse", *overrides, data=data) == 2
+    levels = lab.read("worse", "preflight.json")["levels"]
+    assert [level["t"] for level in levels] == pytest.approx([1000 * k / 11 for k in range(1, 11)])
+    loss, zero = (sum(level[key] for level in levels) / 10 for key in ("loss", "zero_loss"))
+    assert loss > 2 * zero > 2
+    assert one_sentence(capsys).startswith(
+        f"error: model.dit predicts worse than zero on clip b before adapting (loss {loss:.4f}, of zero {zero:.4f}): "
+    )
+    assert lab.results("worse") == {}
+    arms = {"baseline": {"kind": "none"}}
+    assert lab.run("nothing to learn", *overrides, arms=arms, adaptation=None) == 0
 
 
 def test_an_output_folder_that_cannot_be(lab, capsys):

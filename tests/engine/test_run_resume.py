@@ -34,7 +34,7 @@ def finished(lab, undisturbed, tmp_path):
 
 def written(folder):
     """When each file was written, but for those that any run writes again."""
-    again = ("recipe.yaml", "environment.json", "summary.csv")
+    again = ("recipe.yaml", "environment.json", "preflight.json", "summary.csv")
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in again}
 
 

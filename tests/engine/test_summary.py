@@ -128,7 +128,7 @@ def no_stop():
 
 
 def compare(directory, clips, check_stop=no_stop):
-    return write_comparisons(directory, clips, ARMS, WINDOW, check_stop)
+    return write_comparisons(directory, clips, ARMS, WINDOW, False, check_stop)
 
 
 def columns(path):

@@ -72,7 +72,7 @@ class Lab:
             make_clip(root / "clips" / f"{name}.mp4", seed)
         model = {"dit": str(root / "dit"), "vae": str(root / "vae"), "text": "embedded", "dtype": "float32"}
         self.settings = {
-            "model": {**model, "device": "cpu"},
+            "model": {**model, "device": "cpu", "allow_untrained": True},
             "data": {"clips": str(root / "clips"), "height": HEIGHT, "width": WIDTH},
             "window": WINDOW,
             "sampler": {"steps": 2},
