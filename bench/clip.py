@@ -91,12 +91,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--check", action="store_true", help="also run each clip twice and compare bits")
     parser.add_argument("--nondeterministic", action="store_true", help="let torch choose algorithms freely")
+    parser.add_argument("--commit", help="the code's commit, where the machine has no checkout to ask")
     arguments = parser.parse_args()
     if not arguments.nondeterministic:
         make_deterministic()
     device = torch.device("cuda")
     environment = describe_environment(device)
     environment["deterministic"] = not arguments.nondeterministic
+    environment["commit"] = arguments.commit or environment["commit"]
     print(json.dumps(environment))
     experiment = build(device)
     pixels = torch.rand(3, 45, 480, 640, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)

@@ -63,19 +63,24 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(lab, undistur
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_a_signal_leaves_the_handlers_as_they_were(lab, undisturbed, monkeypatch, capsys):
-    shutil.copytree(lab.root / "undisturbed", lab.root / "handlers")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_second_signal_does_not_wait_and_handlers_are_put_back(lab, undisturbed, monkeypatch, capsys, times):
+    output = f"{times} signals"
+    shutil.copytree(lab.root / "undisturbed", lab.root / output)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    go_on = run_module.continue_clip
+    go_on, went_on = run_module.continue_clip, []
 
     def interrupted(*args, **settings):
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        went_on.append("to the clip's first step")
         return go_on(*args, **settings)
 
     monkeypatch.setattr(run_module, "continue_clip", interrupted)
-    result = lab.root / "handlers/arms/full/clips/ball/result.json"
+    result = lab.root / output / "arms/full/clips/ball/result.json"
     result.unlink()
-    assert lab.run("handlers") == 130
-    assert one_sentence(capsys).startswith("stopped by SIGINT; ")
+    assert lab.run(output) == 130
+    assert one_sentence(capsys).startswith("stopped by SIGINT; " if times == 1 else "interrupted")
+    assert len(went_on) == (1 if times == 1 else 0)
     assert not result.exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
