@@ -116,11 +116,9 @@ def continue_clip(
     return Outcome(pixels, latents, trace, change, state, seconds, peak_memory(experiment.dit.device))
 
 
-def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Trace:
-    """Adapt to the known latents."""
-    if not adapter.steps:
-        return Trace()  # nothing is learnt, so the window need not leave a known latent frame to predict
-    task = Task(
+def task_of(experiment: Experiment, known: Known) -> Task:
+    """What a method adapts on."""
+    return Task(
         experiment.dit,
         known.latents,
         known.prompt,
@@ -132,7 +130,13 @@ def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Prog
         sampled_frames=experiment.window.model_frames,
         sampling_steps=experiment.sampler.steps,
     )
-    return adapter.adapt(task, lambda step, loss: progress("adapt", step + 1, adapter.steps))
+
+
+def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Trace:
+    """Adapt to the known latents."""
+    if not adapter.steps:
+        return Trace()  # nothing is learnt, so the window need not leave a known latent frame to predict
+    return adapter.adapt(task_of(experiment, known), lambda step, loss: progress("adapt", step + 1, adapter.steps))
 
 
 def sample_continuation(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Tensor:

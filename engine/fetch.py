@@ -1,7 +1,7 @@
 """Fetch published weights, once, into the caches that their loaders read: the hub's cache and torch hub's folder.
 
-The only module that opens a network connection. Everything else reads these caches and names the command that fills
-them.
+With prepare/download.py the only module that opens a network connection. Everything else reads these caches and names
+the command that fills them.
 """
 
 import contextlib

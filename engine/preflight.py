@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .adaptation import Task
-from .clip import encode_known
+from .clip import Known, encode_known, task_of
 from .data.clips import Clip
 from .errors import UserError
 from .evaluation import check_predicts, evaluate
@@ -41,20 +40,8 @@ def preflight(session: "Session", read: Callable[[Clip], Tensor]) -> tuple[str, 
         return ()
     dit = session.models.dit
     null: Tensor = dit.y_embedder.y_embedding  # type: ignore[assignment]
-    experiment = session.experiment
-    task = Task(
-        dit,
-        encode_known(session.models.vae, pixels, window),
-        Caption(null[None]),
-        experiment.adaptation,
-        recipe_seed=experiment.seed,
-        clip_id=clip.id,
-        pixel_size=experiment.pixel_size,
-        fps=window.fps,
-        sampled_frames=window.model_frames,
-        sampling_steps=experiment.sampler.steps,
-    )
-    levels = list(evaluate(task))
+    known = Known(clip.id, encode_known(session.models.vae, pixels, window), Caption(null[None]))
+    levels = list(evaluate(task_of(session.experiment, known)))
     write_json(
         session.directory.root / "preflight.json",
         {"clip": clip.id, "levels": [{k: v if isfinite(v) else None for k, v in x._asdict().items()} for x in levels]},

@@ -61,7 +61,9 @@ def prepare(
             if begun_with != versions:
                 progress.say(f"warning: begun with {begun_with}, now {versions}; other versions may give other bits")
             try:
-                chosen = _choose_and_convert(found, out, settings, workers or usable_cpus(), states, stop.check, progress)
+                chosen = _choose_and_convert(
+                    found, out, settings, workers or usable_cpus(), states, stop.check, progress
+                )
             except Interrupted as error:
                 where = f"after {progress.done} of {progress.total} clips"
                 raise Interrupted(f"{where}; the same command goes on from there") from error

@@ -7,13 +7,25 @@ import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
-from vidtta.engine.prepare.settings import Settings
+import pytest
+from vidtta.engine.errors import UserError
+from vidtta.engine.prepare.run import prepare
+from vidtta.engine.prepare.settings import Kind, Settings
 
 SMALL = Settings(count=None, height=24, width=32, frames=6, conditioning_frames=3)
+
+CLIPS = {
+    "v_Archery_g01_c01": 10,
+    "v_Archery_g01_c02": 3,  # too short
+    "v_Archery_g02_c01": 10,
+    "v_Biking_g01_c01": 10,
+    "v_Biking_g03_c02": -1,  # no video
+    "v_HandStandPushups_g05_c01": 12,
+}
 
 
 def write_video(path: Path, pictures: int = 10, size: tuple[int, int] = (24, 32), rate: int = 25) -> Path:
@@ -41,6 +53,32 @@ def write_ucf101(folder: Path, clips: dict[str, int]) -> Path:
         else:
             write_video(path, pictures)
     return folder
+
+
+def make_source(folder: Path) -> Path:
+    """CLIPS in folders by class, with lists, a stray video and a readme."""
+    folder = write_ucf101(folder, CLIPS)
+    (folder / "HandStandPushups").rename(folder / "HandstandPushups")
+    (folder / "lists").mkdir()
+    lines = [f"{name.split('_')[1]}/{name}.avi" for name in CLIPS]
+    (folder / "lists" / "testlist01.txt").write_text("\r\n".join(lines[:2]))
+    (folder / "lists" / "trainlist01.txt").write_text("\r\n".join(f"{line} 1" for line in lines[2:]))
+    write_video(folder / "holiday.avi")
+    (folder / "readme.txt").write_text("none of ours")
+    return folder
+
+
+def run(source: Path, out: Path, settings: Settings = SMALL, **options: Any) -> tuple[int, dict[str, bytes]]:
+    """The exit status, and the folder's files."""
+    status = prepare("ucf101", source, out, settings, **{"workers": 1, **options})
+    return status, tree(out)
+
+
+def refusal(source: Path, out: Path, settings: Settings = SMALL, kind: Kind = "ucf101", **options: Any) -> str:
+    """The message of the UserError that a command ends in."""
+    with pytest.raises(UserError) as caught:
+        prepare(kind, source, out, settings, workers=1, **options)
+    return str(caught.value)
 
 
 def contents(folder: Path, root: str = "UCF-101") -> list[tuple[str, bytes]]:

@@ -1,53 +1,43 @@
-"""`vidtta prepare` from end to end, on small videos: the same bytes whatever the source, the workers and the kills."""
+"""`vidtta prepare` from end to end, on small videos: what is written, and what is refused."""
 
 import csv
 import dataclasses
 import fcntl
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from vidtta.engine.data.clips import Data, list_clips
 from vidtta.engine.data.video import read_window
-from vidtta.engine.errors import Interrupted, UserError
+from vidtta.engine.errors import UserError
 from vidtta.engine.files import sha256_file
 from vidtta.engine.prepare import run as module
 from vidtta.engine.prepare.run import prepare
 
-from .prepare_sources import SMALL, contents, tree, write_archive, write_ucf101, write_video
+from .prepare_sources import (
+    CLIPS,
+    SMALL,
+    contents,
+    make_source,
+    refusal,
+    run,
+    tree,
+    write_archive,
+    write_ucf101,
+    write_video,
+)
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-CLIPS = {
-    "v_Archery_g01_c01": 10,
-    "v_Archery_g01_c02": 3,  # too short
-    "v_Archery_g02_c01": 10,
-    "v_Biking_g01_c01": 10,
-    "v_Biking_g03_c02": -1,  # no video
-    "v_HandStandPushups_g05_c01": 12,
-}
 GOOD = {name for name, pictures in CLIPS.items() if pictures >= 10}
 SHORT = "too short: it yields 3 frames at 24 fps from 0 s, and 6 are needed; take a longer clip or an earlier start"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The clips in folders by class, with lists, a stray video and a readme."""
-    folder = write_ucf101(tmp_path_factory.mktemp("source") / "UCF-101", CLIPS)
-    (folder / "HandStandPushups").rename(folder / "HandstandPushups")
-    (folder / "lists").mkdir()
-    lines = [f"{name.split('_')[1]}/{name}.avi" for name in CLIPS]
-    (folder / "lists" / "testlist01.txt").write_text("\r\n".join(lines[:2]))
-    (folder / "lists" / "trainlist01.txt").write_text("\r\n".join(f"{line} 1" for line in lines[2:]))
-    write_video(folder / "holiday.avi")
-    (folder / "readme.txt").write_text("none of ours")
-    return folder
+    return make_source(tmp_path_factory.mktemp("source") / "UCF-101")
 
 
 def small(**changes):
@@ -59,19 +49,7 @@ def table(path):
         return list(csv.DictReader(handle))
 
 
-def run(source, out, settings=SMALL, **options):
-    """The exit status, and the folder's files."""
-    status = prepare("ucf101", source, out, settings, **{"workers": 1, **options})
-    return status, tree(out)
-
-
-def refusal(source, out, settings=SMALL, kind="ucf101", **options):
-    with pytest.raises(UserError) as caught:
-        prepare(kind, source, out, settings, workers=1, **options)
-    return str(caught.value)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory):
     """What an undisturbed run makes; not to be written to."""
     out = tmp_path_factory.mktemp("prepared") / "out"
@@ -142,102 +120,6 @@ def test_an_archive_gives_the_same_as_its_folder(suffix, source, prepared, tmp_p
     assert {name: files.pop(name) for name in same} == {name: expected.pop(name) for name in same}
     for name in ("manifest.csv", "rejects.csv"):
         assert files[name].replace(b"UCF-101/", b"") == expected[name]
-
-
-def test_a_second_run_changes_nothing_and_reads_no_video(source, prepared, monkeypatch, capsys):
-    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in prepared.rglob("*")}
-    monkeypatch.setattr(module, "executor", None)
-    assert run(source, prepared)[0] == 0
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in prepared.rglob("*")} == before
-    assert capsys.readouterr().out == f"prepared 4, rejected 3 (see {prepared}/rejects.csv)\n"
-
-
-def kill_at(step, source, out):
-    """Run in a process of its own, which ends at once, with nothing cleaned up, at its `step`-th rename, before or after."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        rename, left = Path.replace, [step]
-
-        def replace(path, target):
-            left[0] -= 1
-            if left[0] == 0 and step % 2:
-                os._exit(9)
-            rename(path, target)
-            if left[0] == 0:
-                os._exit(9)
-
-        pytest.MonkeyPatch().setattr(Path, "replace", replace)
-        os._exit(run(source, out)[0])
-    finally:
-        os._exit(70)
-
-
-def test_killed_at_any_step_it_ends_in_the_same_bytes(source, prepared, tmp_path):
-    archive = write_archive(tmp_path / "a.zip", contents(source))
-    _, whole = run(archive, tmp_path / "whole")
-    for step in range(1, 20):
-        status = kill_at(step, archive, tmp_path / "out")
-        if status == 0:
-            break
-        assert status == 9
-    assert step > 3
-    assert run(archive, tmp_path / "out") == (0, whole)
-    # Every kill at one folder after the other got further; each alone, from a fresh folder, does too.
-    for step in (1, 2, 5, 8, 13):
-        out = tmp_path / f"out{step}"
-        assert kill_at(step, archive, out) == 9
-        assert step in (2, 8) or any(path.name.startswith(".tmp-") for path in out.rglob("*"))
-        assert run(archive, out) == (0, whole)
-
-
-def test_workers_give_the_same_and_end_when_their_parent_is_killed(source, prepared, tmp_path):
-    archive = write_archive(tmp_path / "a.zip", contents(source))
-    _, whole = run(archive, tmp_path / "whole")
-    code = (
-        "import sys\nfrom vidtta.engine.cli import main\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
-    )
-    (tmp_path / "program.py").write_text(code)
-    sizes = ["--height", "24", "--width", "32", "--frames", "6", "--conditioning-frames", "3", "--count", "9"]
-    command = [sys.executable, str(tmp_path / "program.py"), "prepare", "ucf101", "--source", str(archive), *sizes]
-    out = tmp_path / "out"
-    with subprocess.Popen([*command, "--out", str(out), "--workers", "2"], stdout=subprocess.PIPE) as process:
-        while not list(out.glob(".tmp-*-unpacked.avi")):  # a video waits for the workers
-            time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.kill()
-    assert len(children) >= 2
-    done = subprocess.run([*command, "--out", str(out), "--workers", "2"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-2:] == [
-        f"{archive} has 6 clips to choose from, not the 9 asked for",
-        f"prepared 4, rejected 3 (see {out}/rejects.csv)",
-    ]
-    found = tree(out)
-    assert found.pop("prepare.json").replace(b'"count": 9', b'"count": null') == whole.pop("prepare.json")
-    assert found == whole
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{child}/exe").exists() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_ctrl_c_ends_between_clips_and_the_same_command_goes_on(source, prepared, tmp_path, monkeypatch):
-    finished = module.Progress.finished
-
-    def interrupt(progress, more=1):
-        finished(progress, more)
-        if progress.done == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(module.Progress, "finished", interrupt)
-    with pytest.raises(Interrupted) as caught:
-        run(source, tmp_path / "out")
-    assert str(caught.value) == "after 2 of 6 clips; the same command goes on from there"
-    assert not (tmp_path / "out" / "manifest.csv").exists()
-    monkeypatch.undo()
-    assert run(source, tmp_path / "out") == (0, tree(prepared))
 
 
 def test_the_count_is_exact_and_a_smaller_sample_begins_a_larger(source, tmp_path):
@@ -319,13 +201,6 @@ def test_folders_of_others_are_left_alone(source, prepared, tmp_path):
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert refusal(source, prepared) == f"another vidtta prepare is at work in {prepared}; wait for it to end"
     os.close(handle)
-
-
-def test_what_a_killed_run_left_is_removed(source, prepared, tmp_path):
-    run(source, tmp_path / "out")
-    for folder in ("", "clips", "state"):
-        (tmp_path / "out" / folder / ".tmp-0123456789ab-v.avi").write_text("half")
-    assert run(source, tmp_path / "out") == (0, tree(prepared))
 
 
 @pytest.mark.parametrize(
