@@ -76,9 +76,9 @@ def test_the_baseline_comes_first_and_once():
     ("text", "message"),
     [
         ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, keep, method, model, "
-         "output_dir, prompt, sampler, scores, seed, window"),
+         "output_dir, placebos, prompt, sampler, scores, seed, window"),
         ("window: {fsp: 1}", "window.fsp: unknown key (perhaps fps); window takes fps, known_chunks, known_frames, "
-         "model_frames, scored_from, total_frames"),
+         "model_frames, posterior, scored_from, total_frames"),
         ("prompt: {zzz: 1}", "prompt.zzz: unknown key; prompt takes aesthetic, camera_motion, motion"),
         ("seed: -1", "seed: should be at least 0, was -1"),
         ("seed: 1.0", "seed: should be a whole number, was 1.0"),
@@ -354,7 +354,7 @@ def test_the_schema_is_closed_described_and_knows_the_kinds():
     assert len(found) == 2 + len(schema["$defs"])  # the recipe, its arms, each section and method
     assert all(one["additionalProperties"] is False for one in found)
     assert set(schema["properties"]) == {
-        "base", "method", "output_dir", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
+        "base", "method", "output_dir", "placebos", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
         "scores", "keep",
     }  # fmt: skip
     undescribed = [

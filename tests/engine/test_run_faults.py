@@ -14,7 +14,7 @@ from vidtta.engine import run as run_module
 from vidtta.engine.files import write_tensors
 from vidtta.engine.methods.full import FullAdapter
 
-from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, WIDTH, make_clip, one_sentence, tiny_lab
+from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, NO_HUB, WIDTH, make_clip, one_sentence, tiny_lab
 
 ARMS = {"full": FULL, "delta": DELTA}
 BAD = ("broken", "empty", "short", "text")
@@ -108,7 +108,7 @@ def test_what_concerns_the_whole_run_is_said_before_the_first_clip(lab, capsys):
         f"{lab.root}/recipe.yaml: sampler.step: unknown key (perhaps steps); sampler takes "
     )
     assert refused(lab, capsys, scores={"lpips": "required"}) == (
-        f"scores.lpips is required, but LPIPS needs AlexNet's weights: {lab.root}/no hub/hub/checkpoints/"
+        f"scores.lpips is required, but LPIPS needs AlexNet's weights: {NO_HUB}/hub/checkpoints/"
         "alexnet-owt-7be5be79.pth is missing; run `vidtta fetch lpips`; "
         "or set scores.lpips=allow_missing to leave it empty"
     )
@@ -185,7 +185,7 @@ def test_an_exception_costs_one_clip_and_the_weights_come_back(lab, undisturbed,
     assert sorted(results) == ["baseline/ball", "baseline/wave", "delta/wave", "full/wave"]
     assert all(results[name] == undisturbed[name] for name in results)
     monkeypatch.undo()
-    monkeypatch.setenv("TORCH_HOME", str(lab.root / "no hub"))
+    monkeypatch.setenv("TORCH_HOME", NO_HUB)
     assert lab.run("boom", arms=ARMS) == 0
     assert lab.results("boom") == undisturbed
     assert failures(lab, "boom") == {}

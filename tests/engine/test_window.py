@@ -12,7 +12,8 @@ from vidtta.engine.window import Window
 def test_default_is_22_of_45_frames_sampled_as_49():
     window = Window()
     assert asdict(window) == {
-        "total_frames": 45, "known_frames": 22, "model_frames": 49, "known_chunks": "partial", "fps": 24.0,
+        "total_frames": 45, "known_frames": 22, "model_frames": 49, "known_chunks": "partial",
+        "posterior": "mode", "fps": 24.0,
         "scored_from": None,
     }  # fmt: skip
     assert (window.encoded_frames, window.known_latents, window.latent_frames) == (21, 7, 15)

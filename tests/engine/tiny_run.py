@@ -30,13 +30,14 @@ HEIGHT, WIDTH, FPS = 16, 24, 24
 KNOWN, TOTAL = 10, 15
 WINDOW = {"total_frames": TOTAL, "known_frames": KNOWN, "model_frames": 17}
 CLIPS = ("ball", "wave")
+NO_HUB = "/nowhere/hub"
 FULL = {"kind": "full", "steps": 2, "lr": 1e-3}
 DELTA = {"kind": "delta", "steps": 2, "lr": 0.1}
 
 # Children of a process that has imported everything: a kill then falls into the run and not into the imports.
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = "vidtta.engine.run vidtta.engine.recipe torch._dynamo rich.progress av cv2 ftfy bs4 pytest"
-FORKS.set_forkserver_preload(IMPORTS.split())
+FORKS.set_forkserver_preload([str(name) for name in IMPORTS.split()])
 
 
 def save_weights(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
@@ -122,7 +123,7 @@ def tiny_lab(root: Path) -> Iterator[Lab]:
     torch.set_num_threads(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_HOME", str(root / "no hub"))
+        patch.setenv("TORCH_HOME", NO_HUB)  # one for all labs: children keep the environment of the first
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         yield Lab(root)
     torch.use_deterministic_algorithms(deterministic)
