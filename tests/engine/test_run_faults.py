@@ -251,6 +251,23 @@ def test_a_method_that_does_not_restore_is_found_out(lab, undisturbed, monkeypat
     with pytest.raises(RuntimeError, match="arm full did not restore the network's weights; its results"):
         lab.run("not restored", arms=ARMS)
     assert sorted(lab.results("not restored")) == ["baseline/ball", "baseline/wave"]
+    reasons = {name: failure["reason"] for name, failure in failures(lab, "not restored").items()}
+    assert sorted(reasons) == ["full/ball", "full/wave"]
+    assert all(reason.startswith("RuntimeError: restoring left ") for reason in reasons.values())
+
+
+def test_results_of_an_arm_that_changed_more_than_it_trained_are_removed(lab, undisturbed, monkeypatch):
+    adapt = FullAdapter.adapt
+
+    def and_more(self, task, on_step):
+        self.model.rope.freqs.data[0] += 1  # not trained, so neither `change` nor `restore` knows of it
+        return adapt(self, task, on_step)
+
+    monkeypatch.setattr(FullAdapter, "adapt", and_more)
+    with pytest.raises(RuntimeError, match="arm full did not restore the network's weights; its results"):
+        lab.run("changed more", arms=ARMS)
+    assert sorted(lab.results("changed more")) == ["baseline/ball", "baseline/wave"]
+    assert failures(lab, "changed more") == {}
 
 
 def test_a_comparison_that_cannot_be_made_costs_nothing_else(lab, undisturbed, capsys):

@@ -30,7 +30,7 @@ def test_ten_kills_lose_nothing(lab, undisturbed):
         child = FORKS.Process(target=run_in_child, args=(lab.argv(outputs[-1]),))
         child.start()
         wait_for("environment.json", folder, child.is_alive)
-        child.join(chance.uniform(0, 1.2))
+        child.join(chance.uniform(0, 0.9))
         if child.exitcode is None:
             kills += 1
             child.kill()
