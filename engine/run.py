@@ -26,7 +26,7 @@ from .models.load import load_models
 from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
-from .rundir import RunDirectory, clip_settings, read_json
+from .rundir import RunDirectory, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
 from .summary import print_summary, write_comparisons, write_summary
@@ -279,8 +279,8 @@ def write_head(session: Session) -> None:
     if theirs is None:
         write_json(root / "choices.json", ours)
     elif theirs != ours:
-        message = f"warning: earlier results in {root} took other paths, so bits may differ: {theirs} then, {ours} now"
-        print(message, file=sys.stderr)
+        where = first_difference(theirs, ours)
+        print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
 
 
 def _line(arm: str, clip_id: str, result: dict[str, Any]) -> str:

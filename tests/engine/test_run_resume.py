@@ -1,9 +1,11 @@
 """The same command again: what is finished stays, what is missing is made, and other settings are refused."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from vidtta.engine.data.video import read_window
 
 from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, TOTAL, WIDTH, make_clip, one_sentence, tiny_lab
@@ -125,6 +127,16 @@ def test_another_start_is_refused(lab, undisturbed, capsys):
     manifest.write_text(f"id,path,start\nball,{lab.root}/clips/ball.mp4,0.1\n")
     assert lab.run("undisturbed", data=settings) == 2
     assert "(start: was 0.0, now 0.1)" in one_sentence(capsys)
+
+
+def test_other_paths_are_a_warning_that_names_them(lab, finished, capsys):
+    folder = lab.root / finished
+    (folder / "choices.json").write_text(json.dumps(lab.read(finished, "choices.json") | {"torch": "2.0"}))
+    assert lab.run(finished) == 0
+    assert one_sentence(capsys) == (
+        f"warning: earlier results in {folder} took other paths, so bits may differ "
+        f'(torch: was "2.0", now "{torch.__version__}")'
+    )
 
 
 def test_other_weights_are_refused(lab, finished, capsys):
