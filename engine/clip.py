@@ -101,7 +101,7 @@ def continue_clip(
         if trace.steps and not change.changed:
             raise UserError(
                 f"adapting changed no weight that computes ({trace.steps} steps moved the masters by {change.master:.1e}): "
-                "the learning rate is too small for the weights' dtype; raise method.lr"
+                "the learning rate is too small for the weights' dtype; raise lr"
             )
         with torch.no_grad():
             with timed(seconds, "sample", experiment.dit.device):

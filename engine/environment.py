@@ -26,7 +26,8 @@ PACKAGES = (
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Plain JSON: packages, Python, system, card, driver-side versions, and the commit where the code is a checkout."""
     return {
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        # torch's own string names the build too ("+cu130"), which the package's version may leave out.
+        "packages": {name: found for name in PACKAGES if (found := _version(name))} | {"torch": torch.__version__},
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": device_name(device),

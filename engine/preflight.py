@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .clip import Known, encode_known, task_of
+from .clip import Known, task_of
 from .data.clips import Clip
 from .errors import UserError
 from .evaluation import check_predicts, evaluate
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def preflight(session: "Session", read: Callable[[Clip], Tensor]) -> tuple[str, ...]:
+def preflight(session: "Session", known_latents: Callable[[Clip], Tensor]) -> tuple[str, ...]:
     """Evaluate the base network on the first clip that can be read; returns what every output must be marked with.
 
-    read(clip): its pixels [3, F, H, W]. Writes preflight.json. Raises UserError where the network predicts worse than zero,
-    unless the recipe allows untrained weights: then that is the mark.
+    known_latents(clip): of its known frames, [1, C, K, h, w]; raises UserError where the clip cannot be read. Writes
+    preflight.json. Raises UserError where the network predicts worse than zero, unless the recipe allows untrained weights:
+    then that is the mark.
     """
-    window = session.recipe.window
-    if not any(arm.method.kind != "none" for arm in session.arms.values()) or window.known_latents < 2:
+    adapts = any(arm.method.kind != "none" for arm in session.arms.values())
+    if not adapts or session.recipe.window.known_latents < 2:
         return ()
     for clip in session.listed:
         try:
-            pixels = read(clip)
+            latents = known_latents(clip)
         except UserError:
             continue  # it fails on its own when its turn comes
         break
@@ -40,7 +41,7 @@ def preflight(session: "Session", read: Callable[[Clip], Tensor]) -> tuple[str, 
         return ()
     dit = session.models.dit
     null: Tensor = dit.y_embedder.y_embedding  # type: ignore[assignment]
-    known = Known(clip.id, encode_known(session.models.vae, pixels, window), Caption(null[None]))
+    known = Known(clip.id, latents, Caption(null[None]))
     levels = list(evaluate(task_of(session.experiment, known)))
     write_json(
         session.directory.root / "preflight.json",

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from .progress import RunProgress
 from .rundir import RunDirectory, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
-from .summary import print_summary, write_comparisons, write_summary
+from .summary import marks_of, print_summary, write_comparisons, write_summary
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -53,9 +54,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
         write_head(session)
         if clips:
-            session = replace(
-                session, marks=session.marks + preflight(session, lambda clip: read(session, clip).pixels)
-            )
+            session = replace(session, marks=session.marks + preflight(session, partial(known_latents, session)))
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
@@ -71,7 +70,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             return 130
         rows = write_summary(directory, session.listed, arms)
     if not quiet:
-        print_summary(rows, arms, session.marks)
+        print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
@@ -185,6 +184,12 @@ def read(session: Session, clip: Clip) -> Shown:
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
+def known_latents(session: Session, clip: Clip) -> Tensor:
+    """Latents of a clip's known frames, [1, C, K, h, w]."""
+    shown = read(session, clip)
+    return session.known_latents(clip, shown.content, shown.pixels)[0]
+
+
 def run_clip(
     session: Session, arm: str, clip: Clip, captions: dict[str, Caption], adapter: Adapter, progress: Progress
 ) -> dict[str, Any]:
@@ -198,10 +203,8 @@ def run_clip(
     other, adapted_on = None, {clip.id: shown.content}
     if placebo == "other_clip":
         other_clip = session.other(clip)
-        other_shown = read(session, other_clip)
-        other_latents, _ = session.known_latents(other_clip, other_shown.content, other_shown.pixels)
-        other = Known(other_clip.id, other_latents, captions[other_clip.id].to(device))
-        adapted_on = {other_clip.id: other_shown.content}
+        other = Known(other_clip.id, known_latents(session, other_clip), captions[other_clip.id].to(device))
+        adapted_on = {other_clip.id: clip_hash(other_clip)}
     outcome = continue_clip(
         session.experiment,
         Known(clip.id, latents, captions[clip.id].to(device)),

@@ -64,6 +64,11 @@ def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
     )
 
 
+def marks_of(rows: list[Row]) -> list[str]:
+    """What the results of a table are marked with, each mark once; also those that this call of the run did not make."""
+    return list(dict.fromkeys(mark for row in rows for mark in row.get("marks", "").split("; ") if mark))
+
+
 def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> None:
     """Print a table of the arms over the clips that all of them finished, so that every row is about the same clips."""
     from rich.console import Console

@@ -225,7 +225,7 @@ def test_a_learning_rate_that_changes_no_weight_is_an_error():
     base_hash = state_hash(experiment.dit)
     message = (
         r"^adapting changed no weight that computes \(3 steps moved the masters by \d\.\de[+-]\d\d\): "
-        r"the learning rate is too small for the weights' dtype; raise method\.lr$"
+        r"the learning rate is too small for the weights' dtype; raise lr$"
     )
     with pytest.raises(UserError, match=message):
         run(experiment, FullFineTuning(steps=3, lr=1e-9))

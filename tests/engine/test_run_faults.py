@@ -234,7 +234,7 @@ def test_a_step_too_small_for_the_weights_dtype_is_the_clips_failure(lab, monkey
     (failure,) = failures(lab, "too small").values()
     assert (failure["arm"], failure["clip"], failure["traceback"]) == ("full", "ball", None)
     assert failure["reason"].startswith("adapting changed no weight that computes (1 steps moved the masters by ")
-    assert failure["reason"].endswith("the learning rate is too small for the weights' dtype; raise method.lr")
+    assert failure["reason"].endswith("the learning rate is too small for the weights' dtype; raise lr")
     assert list(lab.results("too small")) == ["baseline/ball"]
 
 

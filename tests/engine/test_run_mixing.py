@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from vidtta.engine import cli
 
 from .tiny_run import CLIPS, make_clip, one_sentence, tiny_lab
 
@@ -55,3 +56,12 @@ def test_the_random_state_of_the_process_does_not_matter(lab):
     torch.manual_seed(2)
     assert lab.run("other state") == 0
     assert lab.results("state") == lab.results("other state")
+
+
+def test_a_finished_run_still_prints_its_marks(lab, capsys):
+    """The second call makes no result and evaluates nothing; what the results are marked with is said all the same."""
+    arguments = [word for word in lab.argv("marks") if word != "--quiet"]
+    mark = "NOTE: the network predicts worse than zero before adapting (preflight.json)"
+    for _ in range(2):
+        assert cli.main(arguments) == 0
+        assert mark in capsys.readouterr().out
