@@ -124,6 +124,12 @@ class T5Text:
             torch.cuda.empty_cache()
 
 
+def word_rows(prompt: str, max_length: int) -> list[int]:
+    """The rows of the table that a prompt means: crc32(word) mod 1024 for each of its words, and the end token's row, the last."""
+    words = re.findall("[a-z0-9']+", prompt.lower())[: max_length - 1]
+    return [crc32(word.encode()) % TABLE_ROWS for word in words] + [TABLE_ROWS]
+
+
 class EmbeddedText:
     """A stand-in for T5 in the embedded default: one table row a word. **Untrained** unless a trained table is given.
 
@@ -154,8 +160,7 @@ class EmbeddedText:
         return _encode_distinct(self._encode_one, prompts, progress)
 
     def _encode_one(self, prompt: str) -> Tensor:
-        words = re.findall("[a-z0-9']+", prompt.lower())[: self._max_length - 1]
-        return self._table_RC[[crc32(word.encode()) % TABLE_ROWS for word in words] + [TABLE_ROWS]]
+        return self._table_RC[word_rows(prompt, self._max_length)]
 
     def close(self) -> None:
         """Nothing to free: the table is small and on the CPU."""
