@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .data.clips import Clip, clip_hash, list_clips
-from .data.video import read_window, to_model, to_uint8, write_video
+from .data.read import read_clip
+from .data.video import to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
 from .files import sha256_json, write_json, write_tensors, write_text
@@ -173,14 +174,7 @@ def read(session: Session, clip: Clip) -> Shown:
     """The frames of a clip's window, at the recipe's rate and size; raises UserError where the file does not give them."""
     window, data = session.recipe.window, session.recipe.data
     content = clip_hash(clip)
-    frames = read_window(
-        clip.path,
-        start=clip.start,
-        frames=window.total_frames,
-        fps=window.fps,
-        height=data.height,
-        width=data.width,
-    )
+    frames = read_clip(clip, frames=window.total_frames, fps=window.fps, height=data.height, width=data.width)
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 

@@ -133,11 +133,12 @@ def write_comparisons(
 
 
 def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window: Window, untrained: bool) -> None:
+    from .data.read import read_clip
     from .data.video import read_window, side_by_side, write_video
 
     frames, fps = window.total_frames, window.fps
     height, width = _size(next(iter(videos.values())))
-    columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
+    columns = [("truth", read_clip(clip, frames=frames, fps=fps, height=height, width=width))]
     for arm, video in videos.items():
         columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
     write_video(target, side_by_side(columns, window.known_frames, "untrained" if untrained else ""), fps)

@@ -24,6 +24,8 @@ OBJECTS = 4
 NUMBERS = 9 + (OBJECTS + 1) * (14 + TEXTURE_NUMBERS)
 """Uniform numbers of a clip: of the camera, the light and the count, then of the background and each object."""
 SPLITS = ("training", "tuning", "test")
+VERSION = 1
+"""Part of a clip's content hash: to be raised when a change here moves a pixel."""
 
 
 @dataclass(frozen=True)
