@@ -229,6 +229,7 @@ def run_clip(
         "clip": clip.id,
         "arm": arm,
         **clip_settings(clip),
+        "meta": clip.meta,
         "marks": [*session.marks],
         "warnings": [*session.warnings],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},

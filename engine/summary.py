@@ -11,6 +11,8 @@ from .errors import UserError
 from .files import write_text
 from .references import REFERENCES
 from .rundir import RunDirectory, read_json
+from .statistics import PairedDifference, paired_difference
+from .statistics.pairing import group_of
 from .window import Window
 
 SCORES = ("psnr", "ssim", "lpips", "mse")
@@ -18,6 +20,7 @@ PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
 COLUMNS = [
     "arm",
     "clip",
+    "group",
     "status",
     *SCORES,
     *(f"{p}_seconds" for p in PHASES),
@@ -57,6 +60,7 @@ def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
     seconds = result["cost"]["seconds"]
     return (
         row
+        | {"group": group_of(result)}
         | {"status": "done", "steps": result["adaptation"]["steps"], "marks": "; ".join(result["marks"])}
         | {s: result["scores"][s]["mean"] for s in SCORES}
         | {f"{p}_seconds": round(seconds[p], 4) for p in PHASES}
@@ -101,8 +105,21 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
             mean("peak_memory_bytes", 2, 2**30),
         )
     console.print(table)
+    against = {arm: difference_to(rows, arms[0], arm, common) for arm in arms[1:]}
+    for arm, found in against.items():
+        console.print(f"{arm}: PSNR {found.text(2)} dB to {arms[0]}, better on {found.win_rate:.0%}", soft_wrap=True)
+    for warning in dict.fromkeys(found.warning for found in against.values() if found.warning):
+        console.print(f"NOTE: {warning}", soft_wrap=True)
     for mark in marks:
         console.print(f"NOTE: {mark}")
+
+
+def difference_to(rows: list[Row], baseline: str, arm: str, clips: set[str]) -> PairedDifference:
+    """The difference in PSNR between two arms on these clips, which both have finished."""
+    chosen = {(row["arm"], row["clip"]): row for row in rows if row["clip"] in clips}
+    ours, theirs = ([chosen[name, clip] for clip in sorted(clips)] for name in (arm, baseline))
+    groups = [row["group"] or row["clip"] for row in ours] if any(row["group"] for row in ours) else None
+    return paired_difference([row["psnr"] for row in ours], [row["psnr"] for row in theirs], groups)
 
 
 def write_comparisons(

@@ -40,6 +40,11 @@ class PairedDifference:
     warning: str
     """Why the interval should be read with care, a sentence; empty if nothing speaks against it."""
 
+    def text(self, digits: int) -> str:
+        """The mean and its interval with signs, +0.42 [+0.10, +0.71]; the mean alone where there is no interval."""
+        mean = f"{self.mean:+.{digits}f}"
+        return mean if self.low is None else f"{mean} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
 
 def paired_difference(
     treated: Sequence[float],
