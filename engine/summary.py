@@ -16,6 +16,13 @@ from .statistics.pairing import group_of
 from .window import Window
 
 SCORES = ("psnr", "ssim", "lpips", "mse")
+MOTION = (
+    "frame_psnr_error",
+    "frame_ssim_error",
+    "seam_error",
+    "chunk_seam_error",
+    *(f"{kind}_error_{flow}" for flow in ("farneback", "raft") for kind in ("warping", "flow")),
+)
 PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
 COLUMNS = [
     "arm",
@@ -23,6 +30,7 @@ COLUMNS = [
     "group",
     "status",
     *SCORES,
+    *MOTION,
     *(f"{p}_seconds" for p in PHASES),
     "peak_memory_bytes",
     "steps",
@@ -48,7 +56,11 @@ def write_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -
 def _reference_row(directory: RunDirectory, name: str, clip_id: str) -> Row:
     found = read_json(directory.reference(clip_id))
     row: Row = {"arm": REFERENCES[name], "clip": clip_id, "status": "done" if found else "missing"}
-    return row | ({s: found["scores"][name][s]["mean"] for s in SCORES} if found else {})
+    return row | (_means(found["scores"][name]) if found else {})
+
+
+def _means(scores: dict[str, Any]) -> Row:
+    return {name: scores.get(name, {}).get("mean") for name in (*SCORES, *MOTION)}
 
 
 def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
@@ -62,7 +74,7 @@ def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
         row
         | {"group": group_of(result)}
         | {"status": "done", "steps": result["adaptation"]["steps"], "marks": "; ".join(result["marks"])}
-        | {s: result["scores"][s]["mean"] for s in SCORES}
+        | _means(result["scores"])
         | {f"{p}_seconds": round(seconds[p], 4) for p in PHASES}
         | {"peak_memory_bytes": result["cost"]["peak_memory_bytes"]}
     )

@@ -10,7 +10,8 @@ from ..errors import UserError
 from ..rundir import first_difference
 from .paired import PairedDifference, paired_difference
 
-LOWER_IS_BETTER = ("lpips", "mse")
+HIGHER_IS_BETTER = ("psnr", "ssim")
+"""All other scores are distances and errors."""
 
 Result = Mapping[str, Any]
 """What a result.json holds."""
@@ -60,7 +61,7 @@ class Pairs:
             means,
             [0.0] * len(means),
             [group or clip for clip, group in zip(differences, groups, strict=True)] if any(groups) else None,
-            better="lower" if score in LOWER_IS_BETTER else "higher",
+            better="higher" if score in HIGHER_IS_BETTER else "lower",
             seed=seed,
             confidence=confidence,
         )
