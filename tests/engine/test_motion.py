@@ -18,7 +18,7 @@ from vidtta.engine.metrics import (
     score_motion,
 )
 from vidtta.engine.metrics.optical_flow import _raft_network, farneback, raft, require_flow
-from vidtta.engine.metrics.temporal import warping_error
+from vidtta.engine.metrics.temporal import relative, warping_error
 from vidtta.engine.torchvision_ops import declare_missing_operators
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -117,6 +117,11 @@ def test_following_the_motion_leaves_no_error_and_where_all_leaves_the_frame_non
     assert warping_error(TRUTH, flow).max() < 1e-12
     assert warping_error(VIDEOS["frozen"], flow).min() > 1e-3
     assert warping_error(TRUTH, flow - 1000).tolist() == [0] * (FRAMES - 1)
+
+
+def test_errors_of_single_steps_do_not_cancel():
+    found = relative(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
+    assert found == {"pred": 2.0, "truth": 2.0, "error": 1.0}
 
 
 def test_a_copy_is_best_and_neither_frozen_nor_grey_nor_flickering_videos_win():
