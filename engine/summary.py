@@ -27,8 +27,8 @@ PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
 COLUMNS = [
     "arm",
     "clip",
-    "group",
     "status",
+    "group",
     *SCORES,
     *MOTION,
     *(f"{p}_seconds" for p in PHASES),

@@ -30,7 +30,10 @@ def compute_temporal_consistency(
 
 @torch.no_grad()
 def frame_changes(pred_CFHW: Tensor, truth_CFHW: Tensor) -> dict[str, Relative]:
-    """PSNR in dB and SSIM between each frame and the next: high where little moves, the PSNR cap where nothing does."""
+    """PSNR in dB and SSIM between each frame and the next: high where little moves, the PSNR cap and 1 where nothing does.
+
+    A frozen video is thus 1 - truth away in SSIM, which is little where the real one moves little: PSNR tells it apart.
+    """
     return {
         name: relative(*(measure(video[:, 1:], video[:, :-1]) for video in (pred_CFHW, truth_CFHW)))
         for name, measure in (("frame_psnr", psnr), ("frame_ssim", ssim))

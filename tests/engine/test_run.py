@@ -240,6 +240,21 @@ def test_what_keep_names_and_nothing_more(lab, first):
     assert not (lab.root / "keep nothing/comparisons").exists()
 
 
+def test_optical_flow_asked_for_later_is_added_and_raft_without_weights_refused(lab, tmp_path, monkeypatch, capsys):
+    def scores(*words):
+        assert lab.run("flow", "data.limit=1", *words, arms={"baseline": {"kind": "none"}}, adaptation=None) == 0
+        references = lab.read("flow", "shared", "references", "ball.json")["scores"]
+        return [lab.result("flow", "baseline", "ball")["scores"], *references.values()]
+
+    assert not any("flow_error_farneback" in found for found in scores())
+    for found in scores("scores.flow=farneback"):
+        assert found["flow_error_farneback"]["mean"] > 0 and found["warping_error_farneback"]["mean"] > 0
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    assert lab.run("raft", "scores.flow=raft") == 2
+    assert "is missing; run `vidtta fetch raft`" in capsys.readouterr().err
+
+
 def test_files_may_be_read_by_others(first):
     """As any new file here; safetensors of its own accord writes for the owner alone."""
     plain = first / "plain.txt"
