@@ -109,7 +109,7 @@ def print_comparison(compared: list[Compared]) -> None:
                 lines.append((name, "-", "-", "-", "-"))
                 continue
             mean, _, interval = found.text(digits).partition(" ")
-            lines.append((name, mean, interval or "-", f"{found.win_rate:.0%}", f"{p_values[score][str(i)]:.3f}"))
+            lines.append((name, mean, interval or "-", f"{found.win_rate:.0%}", _probability(p_values[score][str(i)])))
         table.add_row(f"{row.arm}\n{_clips(row)}", *("\n".join(column) for column in zip(*lines, strict=True)))
     console.print(table)
     said: dict[str, list[str]] = {}
@@ -120,12 +120,16 @@ def print_comparison(compared: list[Compared]) -> None:
         console.print(f"{', '.join(arms)}: {sentence}", soft_wrap=True)
 
 
+def _probability(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _clips(row: Compared) -> str:
     psnr = row.scores["psnr"]
     if psnr is None:
         return "no clip in common"
-    groups = "" if psnr.clusters == psnr.n else f", {psnr.clusters} groups"
-    return f"{psnr.n} clips{groups}\nadapt {row.adapt_seconds:.2f} s"
+    groups = "" if psnr.clusters == psnr.n else f"\ngroups: {psnr.clusters}"
+    return f"clips: {psnr.n}{groups}\nadapt {row.adapt_seconds:.2f} s"
 
 
 def _remarks(row: Compared) -> Iterable[str]:

@@ -92,15 +92,15 @@ def paired_difference(
         effect_size=effect_size,
         smallest_detectable=smallest,
         p_value=sign_flip_p_value(data, seed, resamples),
-        warning=_warning(count, "clips" if clusters is None else "groups", error),
+        warning=_warning(count, "clip" if clusters is None else "group", error),
     )
 
 
-def _warning(count: int, units: str, error: float | None) -> str:
+def _warning(count: int, unit: str, error: float | None) -> str:
     if error is None:
-        return f"a single one of independent {units} has no interval"
+        return f"only one independent {unit}, so there is no interval"
     if error == 0:
-        return f"all {count} {units} show the same difference, so the interval has no width"
+        return f"all {count} {unit}s show the same difference, so the interval has no width"
     if count < FEW:
-        return f"only {count} independent {units}: the interval may miss the true mean more often than it says"
+        return f"only {count} independent {unit}s: the interval may miss the true mean more often than it says"
     return ""

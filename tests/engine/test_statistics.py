@@ -1,6 +1,8 @@
 """Each statistic against an independent one: scipy, a plain loop, a closed form or a simulation of known truth."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,7 +157,7 @@ def test_one_clip_has_no_interval():
     found = paired_difference([2.0], [1.0])
     assert (found.mean, found.low, found.high, found.effect_size, found.smallest_detectable) == (1, *[None] * 4)
     assert (found.p_value, found.win_rate) == (1.0, 1.0)
-    assert found.warning == "a single one of independent clips has no interval"
+    assert found.warning == "only one independent clip, so there is no interval"
     assert compare([1.0, 2.0, 3.0], ["a", "a", "a"]).low is None
 
 
@@ -261,3 +263,9 @@ def test_no_variance_between_clips_is_zero_and_not_below():
 def test_variance_components_need_clips_and_seeds(values):
     with pytest.raises(ValueError, match="it takes two clips, and two values on one of them"):
         variance_components(values)
+
+
+def test_statistics_need_numpy_alone():
+    absent = ("torch", "pydantic", "av", "lpips", "scipy", "cv2", "rich")
+    program = f"import sys\nfor name in {absent}: sys.modules[name] = None\nimport vidtta.engine.statistics"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

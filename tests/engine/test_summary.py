@@ -105,7 +105,7 @@ def test_the_table_compares_the_same_clips_in_every_row(directory, clips, partly
     ]
     assert said.splitlines()[-3:] == [
         "full: PSNR +3.00 dB to baseline, better on 100%",
-        "NOTE: a single one of independent groups has no interval",
+        "NOTE: only one independent group, so there is no interval",
         "NOTE: untrained weights",
     ]
 
