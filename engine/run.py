@@ -22,12 +22,13 @@ from .errors import Interrupted, UserError
 from .files import sha256_json, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
-from .metrics.score import score_frames
+from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
+from .references import score_continuation
 from .rundir import RunDirectory, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
@@ -108,6 +109,8 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(
             f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty"
         )
+    if recipe.scores.flow != "none":
+        require_flow(recipe.scores.flow)
     models = load_models(recipe.model)
     lpips = LPIPS() if reason is None else None
     session = Session(
@@ -210,12 +213,13 @@ def run_clip(
     )
     seconds |= outcome.seconds
     with timed(seconds, "score", device):
-        first, last = window.scored.start, window.scored.stop
-        scores = score_frames(
-            outcome.pixels[:, first - window.generated.start : last - window.generated.start],
-            pixels[:, first:last],
+        scores = score_continuation(
+            outcome.pixels,
+            pixels,
+            window,
             lpips=session.lpips,
             lpips_reason=session.lpips_reason,
+            flow=session.recipe.scores.flow,
         )
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
@@ -223,6 +227,7 @@ def run_clip(
         "clip": clip.id,
         "arm": arm,
         **clip_settings(clip),
+        "meta": clip.meta,
         "marks": [*session.marks],
         "warnings": [*session.warnings],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
