@@ -1,15 +1,34 @@
 """What the kernels share: where they can run, and how sizes become blocks."""
 
 import os
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+# Typed loosely: a launch takes plain numbers for constexpr parameters, and options that no kernel declares.
+jit: Any = triton.jit
+
 # Triton reads this when a kernel is decorated, so it must be set before a kernel's module is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 SMALLEST_DOT = 16  # tl.dot takes no side below 16
 MAX_RANK = 64
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def block_for(size: int, largest: int) -> int:
+    """A power of two that tl.dot takes, no larger than needed for `size` and than `largest`."""
+    return min(largest, max(SMALLEST_DOT, power_of_two(size)))
 
 
 def check(condition: bool, message: str) -> None:
@@ -38,9 +57,9 @@ def padded_rank(rank: int) -> int:
     """Columns that a rank takes in a kernel: a power of two from 16 up. Raises ValueError outside 1 to 64."""
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"the rank of a low-rank addition must be from 1 to {MAX_RANK}, was {rank}")
-    return max(SMALLEST_DOT, triton.next_power_of_2(rank))
+    return max(SMALLEST_DOT, power_of_two(rank))
 
 
 def splits_for(rows: int, programs: int, block: int, wanted: int = 512) -> int:
     """Into how many parts to split a sum over `rows` so that about `wanted` programs run; each part at least one block."""
-    return max(1, min(triton.cdiv(rows, block), wanted // max(programs, 1)))
+    return max(1, min(cdiv(rows, block), wanted // max(programs, 1)))

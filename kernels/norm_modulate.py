@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_runs, padded_rank, splits_for
+from .common import block_for, cdiv, check, check_runs, jit, padded_rank, splits_for
 
 BLOCK_N = 32  # rows of a program
 BLOCK_D = 128  # 1152 is nine of them
@@ -29,7 +28,7 @@ def norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, down: Tenso
     return torch.cat([n, F.pad(F.linear(n, down), (0, padded_rank(down.shape[0]) - down.shape[0]))], dim=-1)
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     x_ptr, shift_ptr, scale_ptr, down_ptr, out_ptr, mean_ptr, rstd_ptr, N, rank,
     D: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -74,7 +73,7 @@ def _forward_kernel(
         tl.store(out_ptr + row[:, None] * (D + R) + D + r, low.to(out_ptr.dtype.element_ty), mask=real[:, None])
 
 
-@triton.jit
+@jit
 def _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D: tl.constexpr, R: tl.constexpr):
     """The gradient that reaches n in one block of channels: its own part, and what comes back through A."""
     dout = tl.load(dout_ptr + row[:, None] * (D + R) + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
@@ -85,7 +84,7 @@ def _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D: tl.constex
     return dout
 
 
-@triton.jit
+@jit
 def _input_gradient_kernel(
     dout_ptr, x_ptr, scale_ptr, down_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr, N, rank,
     D: tl.constexpr, R: tl.constexpr, VECTORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -126,7 +125,7 @@ def _input_gradient_kernel(
             tl.store(dscale_ptr + block * D + d, tl.sum(dout * normed, 0), mask=d < D)
 
 
-@triton.jit
+@jit
 def _down_gradient_kernel(
     dout_ptr, x_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr, ddown_ptr, N, rows_each,
     D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -153,9 +152,8 @@ def _down_gradient_kernel(
     tl.store(ddown_ptr + (part * R + r[:, None]) * D + d, total, mask=d < D)
 
 
-def _blocks(N: int, D: int, down: bool) -> dict[str, int]:
-    del N
-    return {"BLOCK_N": BLOCK_N if down else BLOCK_N // 2, "BLOCK_D": min(BLOCK_D, max(16, triton.next_power_of_2(D)))}
+def _blocks(D: int, down: bool) -> dict[str, int]:
+    return {"BLOCK_N": BLOCK_N if down else BLOCK_N // 2, "BLOCK_D": block_for(D, BLOCK_D), "num_warps": 4}
 
 
 def _forward(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,10 +161,10 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None, eps: 
     R = 0 if down is None else padded_rank(down.shape[0])
     out = x.new_empty(B, N, D + R)
     mean, rstd = x.new_empty(2, B, N, dtype=torch.float32)
-    blocks = _blocks(N, D, R > 0)
-    _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), B)](
+    blocks = _blocks(D, R > 0)
+    _forward_kernel[(cdiv(N, blocks["BLOCK_N"]), B)](
         x, shift, scale, x if down is None else down, out, mean, rstd, N, 0 if down is None else down.shape[0],
-        D=D, R=R, EPS=eps, **blocks, num_warps=4,
+        D=D, R=R, EPS=eps, **blocks,
     )  # fmt: skip
     return out, mean, rstd
 
@@ -176,14 +174,14 @@ def _input_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     B, N, D = x.shape
     R = dout.shape[2] - D
-    blocks = _blocks(N, D, R > 0)
-    programs = triton.cdiv(N, blocks["BLOCK_N"])
+    blocks = _blocks(D, R > 0)
+    programs = cdiv(N, blocks["BLOCK_N"])
     dx = torch.empty_like(x)
     # Every program writes sums of its own, and they are added in one fixed order: same inputs, same bits.
     parts = x.new_empty(2, B, programs if vectors else 1, D, dtype=torch.float32)
     _input_gradient_kernel[(programs, B)](
         dout, x, scale, x if down is None else down, mean, rstd, dx, parts[0], parts[1],
-        N, 0 if down is None else down.shape[0], D=D, R=R, VECTORS=vectors, **blocks, num_warps=4,
+        N, 0 if down is None else down.shape[0], D=D, R=R, VECTORS=vectors, **blocks,
     )  # fmt: skip
     if not vectors:
         return dx, None, None
@@ -196,13 +194,13 @@ def _down_gradient(
 ) -> Tensor:
     B, N, D = x.shape
     R = dout.shape[2] - D
-    blocks = {"BLOCK_N": 64, "BLOCK_D": min(BLOCK_D, max(16, triton.next_power_of_2(D)))}
-    across = triton.cdiv(D, blocks["BLOCK_D"])
+    blocks = {"BLOCK_N": 64, "BLOCK_D": block_for(D, BLOCK_D), "num_warps": 4}
+    across = cdiv(D, blocks["BLOCK_D"])
     splits = splits_for(N, across * B, blocks["BLOCK_N"])
-    rows_each = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
+    rows_each = cdiv(cdiv(N, splits), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
     parts = x.new_empty(B * splits, R, D, dtype=torch.float32)
     _down_gradient_kernel[(across, splits, B)](
-        dout, x, shift, scale, mean, rstd, parts, N, rows_each, D=D, R=R, **blocks, num_warps=4
+        dout, x, shift, scale, mean, rstd, parts, N, rows_each, D=D, R=R, **blocks
     )
     return parts.sum(0)[:rank]
 
@@ -238,7 +236,7 @@ def norm_modulate(
     Returns [B, N, D], or with `down` [B, N, D + R]: columns D to D + r - 1 hold the projection, the rest are zero.
     Raises ValueError when shapes, dtypes or devices disagree.
     """
-    B, N, D = x_BND.shape
+    B, _, D = x_BND.shape
     check_runs("norm_modulate", x_BND, shift_B1D, scale_B1D)
     for name, vector in (("shift", shift_B1D), ("scale", scale_B1D)):
         check(vector.shape == (B, 1, D), f"norm_modulate: {name} is {list(vector.shape)}, x needs {[B, 1, D]}")

@@ -9,9 +9,10 @@ frame, row, column), so that each region is one view [samples * windows, tokens 
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from .common import jit
 
 WINDOW = 8
 
@@ -77,10 +78,8 @@ def window_rows(samples: int, grid: Grid, device: torch.device | None = None) ->
     return rows
 
 
-@triton.jit
-def window_row(
-    token, samples, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr
-):
+@jit
+def window_row(token, samples, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr):
     """The grouped row of each token, int32 (rows are counted, not bytes: 2**31 of them do not fit a card)."""
     WHOLE_ROWS: tl.constexpr = ROWS // WINDOW * WINDOW
     WHOLE_COLS: tl.constexpr = COLS // WINDOW * WINDOW

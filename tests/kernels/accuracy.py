@@ -35,7 +35,9 @@ def run(function: Callable[..., Any], inputs: list[Tensor], trained: list[int], 
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
     for out, dout in zip(outs, douts, strict=True):
         assert out.shape == dout.shape, f"output {list(out.shape)}, expected {list(dout.shape)}"
-    grads = torch.autograd.grad(outs, [leaves[i] for i in trained], [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)])
+    grads = torch.autograd.grad(
+        outs, [leaves[i] for i in trained], [d.to(o.dtype) for d, o in zip(douts, outs, strict=True)]
+    )
     return [t.detach() for t in (*outs, *grads)]
 
 

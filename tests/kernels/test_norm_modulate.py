@@ -27,7 +27,9 @@ def test_norm_and_modulation(shape, dtype, mode):
 
 @every_mode
 @every_dtype
-@pytest.mark.parametrize(("shape", "rank"), [((1, 1, 1), 1), ((2, 45, 37), 3), ((2, 70, 48), 64), ((1, 33, 1152), 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((1, 1, 1), 1), ((2, 45, 37), 3), ((2, 70, 48), 64), ((1, 33, 1152), 16)], ids=str
+)
 def test_with_down_projection(shape, rank, dtype, mode):
     B, N, D = shape
     down = rand(rank, D, dtype=dtype, scale=D**-0.5, seed=4)
