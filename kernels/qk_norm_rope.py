@@ -96,7 +96,7 @@ def _forward_kernel(
     real = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < pairs)[:, None]
     cos, sin = _angles(cos_ptr, sin_ptr, token, real, table_rows, H_D, BLOCK_D)
     d = tl.arange(0, BLOCK_D)
-    for part in tl.static_range(0, 3, 1):
+    for part in tl.static_range(3):  # type: ignore
         x = tl.load(qkv_ptr + projected + part * (H * H_D), mask=inside, other=0.0)
         if part == 2:
             tl.store(v_ptr + grouped, x, mask=inside)
@@ -120,7 +120,7 @@ def _backward_kernel(
     real = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < pairs)[:, None]
     cos, sin = _angles(cos_ptr, sin_ptr, token, real, table_rows, H_D, BLOCK_D)
     d = tl.arange(0, BLOCK_D)
-    for part in tl.static_range(0, 3, 1):
+    for part in tl.static_range(3):  # type: ignore
         if part == 2:
             tl.store(
                 dqkv_ptr + projected + part * (H * H_D), tl.load(dv_ptr + grouped, mask=inside, other=0.0), mask=inside
