@@ -7,7 +7,7 @@
 Axes: B samples, N tokens, D outputs, K inputs of the projection, R columns that a rank takes (common.padded_rank).
 """
 
-# pyright: reportUnboundVariable=false, reportPossiblyUnbound=false, reportGeneralTypeIssues=false
+# pyright: reportUnboundVariable=false, reportGeneralTypeIssues=false
 # (a kernel gives some names a value only under a constexpr condition)
 
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .common import block_for, cdiv, check, check_runs, jit, padded_rank
 from .lora_linear import outer_product, skinny_product
-from .windows import WINDOW, Grid, window_row, window_rows
+from .windows import WINDOW, Grid, ungroup_windows, window_row
 
 BLOCK_N = 32
 BLOCK_D = 128
@@ -28,7 +28,7 @@ BLOCK_D = 128
 def gate_residual_reference(x: Tensor, h: Tensor, gate: Tensor, windows: Grid | None = None) -> Tensor:
     """The mathematics, in whatever dtype the inputs have."""
     if windows is not None:
-        h = h.flatten(0, 1)[window_rows(x.shape[0], windows, x.device)].view(x.shape)
+        h = ungroup_windows(h.flatten(0, 1), x.shape[0], windows)
     return x + gate * h
 
 

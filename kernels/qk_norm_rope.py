@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv, check, check_runs, jit, power_of_two
-from .windows import WINDOW, Grid, window_row, window_rows
+from .windows import WINDOW, Grid, group_windows, window_row
 
 BLOCK = 32  # (token, head) pairs of a program
 
@@ -39,11 +39,9 @@ def qk_norm_rope_reference(
         c, s = (table.repeat(repeats, 1)[:, None, :] for table in (cos, sin))
         return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2).to(x.dtype)
 
-    outs = [t.flatten(0, 1) for t in (norm_rope(q, q_weight), norm_rope(k, k_weight), v)]
-    if windows is not None:
-        token = window_rows(qkv.shape[0], windows, qkv.device).argsort()
-        outs = [t[token] for t in outs]
-    return outs[0], outs[1], outs[2]
+    outs = norm_rope(q, q_weight), norm_rope(k, k_weight), v
+    q, k, v = (t.flatten(0, 1) if windows is None else group_windows(t, windows) for t in outs)
+    return q, k, v
 
 
 @jit

@@ -65,17 +65,28 @@ def split_windows(grouped: Tensor, samples: int, grid: Grid) -> list[Tensor]:
     return views
 
 
-def window_rows(samples: int, grid: Grid, device: torch.device | None = None) -> Tensor:
-    """The grouped row of every token, [samples * tokens]: the plain version of `window_row`."""
-    token = torch.arange(samples * grid.tokens, device=device).view(samples, *grid)
-    rows = torch.empty(samples * grid.tokens, dtype=torch.long, device=device)
-    start = 0
+def group_windows(x: Tensor, grid: Grid) -> Tensor:
+    """[B, N, ...] in token order to grouped rows [B * N, ...]; the plain version of what kernels do on the way."""
+    x, rest = x.unflatten(1, grid), x.shape[2:]
+    parts = []
     for r in regions(grid):
-        part = token[:, :, r.row : r.row + r.down * r.height, r.col : r.col + r.across * r.width]
-        part = part.reshape(samples, grid.frames, r.down, r.height, r.across, r.width).permute(0, 2, 4, 1, 3, 5)
-        rows[part.flatten()] = torch.arange(start, start + part.numel(), device=device)
-        start += part.numel()
-    return rows
+        part = x[:, :, r.row : r.row + r.down * r.height, r.col : r.col + r.across * r.width]
+        part = part.unflatten(3, (r.across, r.width)).unflatten(
+            2, (r.down, r.height)
+        )  # [B, T, down, height, across, width]
+        parts.append(part.movedim((2, 4), (1, 2)).reshape(-1, *rest))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def ungroup_windows(grouped: Tensor, samples: int, grid: Grid) -> Tensor:
+    """The inverse: [B * N, ...] grouped to [B, N, ...] in token order."""
+    strips: dict[int, list[Tensor]] = {}
+    for r, view in zip(regions(grid), split_windows(grouped, samples, grid), strict=True):
+        part = view.unflatten(0, (samples, r.down, r.across)).unflatten(3, (grid.frames, r.height, r.width))
+        part = part.movedim((1, 2), (2, 4)).flatten(4, 5).flatten(2, 3)  # [B, T, rows, cols, ...]
+        strips.setdefault(r.row, []).append(part)
+    whole = [torch.cat(parts, dim=3) if len(parts) > 1 else parts[0] for parts in strips.values()]
+    return (torch.cat(whole, dim=2) if len(whole) > 1 else whole[0]).flatten(1, 3)
 
 
 @jit

@@ -7,7 +7,7 @@ from vidtta.engine.models.attention import SelfAttention, attend, windowed_atten
 from vidtta.engine.models.geometry import build_geometry
 from vidtta.engine.models.rope import Rope
 from vidtta.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from vidtta.kernels.windows import Grid, split_windows, window_rows
+from vidtta.kernels.windows import Grid, split_windows, ungroup_windows
 
 from tests.kernels.accuracy import DEVICE, DTYPES, check, every_dtype, every_mode, rand
 
@@ -63,20 +63,17 @@ def test_tables_of_one_frame_serve_all_frames():
 
 @pytest.mark.parametrize("grid", [Grid(2, 8, 16), Grid(3, 11, 9), Grid(1, 3, 20), Grid(2, 13, 4)], ids=str)
 def test_grouped_rows_are_the_models_windows(grid):
-    """The kernel moves tokens to where window_rows says, and attention over those views is the model's windowed attention."""
+    """Values come back in token order, and attention over the groups' views is the model's windowed attention."""
     B, H, d = 2, 2, 6
-    tokens = B * grid.tokens
-    v = torch.arange(tokens, dtype=torch.float32, device=DEVICE).view(B, grid.tokens, 1).expand(-1, -1, H * d)
-    qkv = torch.cat([rand(B, grid.tokens, 2 * H * d), v], dim=-1)
+    qkv = rand(B, grid.tokens, 3 * H * d)
     ones, table = torch.ones(d, device=DEVICE), torch.zeros(grid.tokens, d // 2, device=DEVICE)
-    q, k, moved = qk_norm_rope(qkv, ones, ones, table + 1, table, grid)
-    rows = window_rows(B, grid, moved.device)
-    assert torch.equal(moved[rows, 0, 0], torch.arange(tokens, dtype=torch.float32, device=DEVICE))
+    q, k, v = qk_norm_rope(qkv, ones, ones, table + 1, table, grid)
+    assert torch.equal(ungroup_windows(v, B, grid).flatten(2), qkv[..., 2 * H * d :])
 
-    outs = [attend(*parts) for parts in zip(*(split_windows(t, B, grid) for t in (q, k, moved)), strict=True)]
-    ours = torch.cat([out.flatten(0, 1) for out in outs])[rows]
-    parts = (t[rows].view(B, *grid, H, d) for t in (q, k, moved))
-    assert torch.allclose(ours, windowed_attention(*parts).reshape(-1, H, d), rtol=1e-4, atol=1e-3)
+    views = zip(*(split_windows(t, B, grid) for t in (q, k, v)), strict=True)
+    ours = ungroup_windows(torch.cat([attend(*parts).flatten(0, 1) for parts in views]), B, grid)
+    q, k, v = (ungroup_windows(t, B, grid).unflatten(1, grid) for t in (q, k, v))
+    assert torch.allclose(ours, windowed_attention(q, k, v).flatten(1, 3), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("windowed", [False, True], ids=["frames", "windows"])
@@ -99,7 +96,7 @@ def test_attention_built_on_it_is_the_models(windowed):
             out = attend(*(t.unflatten(0, (-1, geometry.tokens_per_frame)) for t in (q, k, v))).flatten(0, 1)
         else:
             views = zip(*(split_windows(t, 2, grid) for t in (q, k, v)), strict=True)
-            out = torch.cat([attend(*parts).flatten(0, 1) for parts in views])[window_rows(2, grid, q.device)]
+            out = ungroup_windows(torch.cat([attend(*parts).flatten(0, 1) for parts in views]), 2, grid)
         ours = layer.proj(out.view(2, -1, dim).cpu())
         assert torch.allclose(ours, layer(x, geometry), rtol=1e-4, atol=1e-5)
 
@@ -107,7 +104,7 @@ def test_attention_built_on_it_is_the_models(windowed):
 def test_values_are_moved_bit_for_bit():
     inputs = tensors((1, 2, 6, Grid(2, 9, 3)), DTYPES[1])
     v = qk_norm_rope(*inputs, windows=Grid(2, 9, 3))[2]
-    assert torch.equal(v[window_rows(1, Grid(2, 9, 3), v.device)].flatten(1), inputs[0][0, :, -12:])
+    assert torch.equal(ungroup_windows(v, 1, Grid(2, 9, 3)).flatten(2), inputs[0][..., -12:])
 
 
 @pytest.mark.parametrize(
