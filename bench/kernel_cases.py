@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, qk_norm_rope
+from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, norm_silu_pad, qk_norm_rope
 from ..kernels.windows import Grid
 
 Inputs = list[Tensor]
@@ -35,10 +35,23 @@ class Sizes:
     draws: int = 8
     counted: tuple[int, ...] = (4800, 8400)
     outputs: int = 64
+    # Channels, frames, height and width where the VAE's decoder works on one chunk of five latent frames.
+    chunk: tuple[tuple[int, int, int, int], ...] = (
+        (128, 20, 480, 640), (256, 20, 240, 320), (512, 20, 240, 320), (512, 10, 120, 160)
+    )  # fmt: skip
 
 
 REAL = Sizes()
-SMALL = Sizes(dim=24, heads=2, rank=3, batches=(("small", 2, Grid(2, 9, 5)),), draws=2, counted=(33,), outputs=6)
+SMALL = Sizes(
+    dim=24,
+    heads=2,
+    rank=3,
+    batches=(("small", 2, Grid(2, 9, 5)),),
+    draws=2,
+    counted=(33,),
+    outputs=6,
+    chunk=((64, 2, 4, 6),),
+)
 
 
 @dataclass(frozen=True)
@@ -287,9 +300,52 @@ def delta_cases(s: Sizes) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def vae_cases(s: Sizes) -> Iterator[Case]:
+    """Between the convolutions of the VAE's decoder; float32 is the truth, as float64 would not fit."""
+    for C, T, H, W in s.chunk:
+        elements, padded = C * T * H * W, C * (T + 2) * (H + 2) * (W + 2)
+        name = f"{C}x{T}x{H}x{W}"
+
+        def make(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = (1, C, T, H, W)) -> Inputs:
+            B, C, *rest = shape
+            x = randn(device, dtype, B, *rest, C).movedim(-1, 1)
+            return [x, 1 + randn(device, dtype, C, scale=0.3), randn(device, dtype, C, scale=0.3)]
+
+        yield Case(
+            "norm_silu_pad", name, make, norm_silu_pad.norm_silu_pad_reference, {"triton": norm_silu_pad.norm_silu_pad},
+            (2 * (2 * elements + padded), 0), truth=torch.float32,
+            variants=tuple((norm_silu_pad, {"TILE": t, "PROGRAMS": p}) for t in (2048, 8192) for p in (528, 2112)),
+        )  # fmt: skip
+
+        def make_skip(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...] = (C, T, H, W)) -> Inputs:
+            x, weight, bias = make(device, dtype, (1, *shape))
+            return [x, weight, bias, make(device, dtype, (1, shape[0], *(n // 2 for n in shape[1:])))[0]]
+
+        if C > 256 or s is not REAL:
+            yield Case(
+                "norm_silu_pad skip", name, make_skip,
+                lambda *t: norm_silu_pad.norm_silu_pad_reference(*t[:3], pad=False, skip=t[3]),
+                {"triton": lambda *t: norm_silu_pad.norm_silu_pad(*t[:3], pad=False, skip=t[3])},
+                (2 * (3 * elements + elements // 8), 0), truth=torch.float32,
+            )  # fmt: skip
+            yield Case(
+                "upsample_pad", name, lambda device, dtype, make=make_skip: make(device, dtype)[3:],
+                norm_silu_pad.upsample_pad_reference, {"triton": norm_silu_pad.upsample_pad},
+                (2 * (elements // 8 + padded), 0), truth=torch.float32,
+            )  # fmt: skip
+        elif C == 256:
+            half = (C, T, H, W)
+            yield Case(
+                "upsample_pad frames", name, lambda device, dtype, half=half: make(device, dtype, (1, *half))[:1],
+                lambda x: norm_silu_pad.upsample_pad_reference(x, 1, 0),
+                {"triton": lambda x: norm_silu_pad.upsample_pad(x, 1, 0)},
+                (2 * (elements + C * T * (2 * H + 2) * (2 * W + 2)), 0), truth=torch.float32,
+            )  # fmt: skip
+
+
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases]
+    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases]
     # Gradients at the shape that is adapted on; the others are the sampler's.
     adapted = sizes.batches[0][0]
     cases = [case if case.shape == adapted else replace(case, trained=()) for group in groups for case in group(sizes)]
