@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ from ..engine.environment import describe_environment
 from .timing import Ceilings, Timer, measure_ceilings
 
 if TYPE_CHECKING:
-    from .kernel_cases import Case
+    from .kernel_cases import Case, Sizes
 
 Row = dict[str, Any]
 SECONDS = 140  # after this no further case starts
@@ -254,6 +255,9 @@ def child(arguments: argparse.Namespace) -> int:
 
     # A backward is timed again and again on one forward, which buffers given away would not survive.
     functorch_config.donated_buffer = False
+    warnings.simplefilter(
+        "ignore"
+    )  # of operations that have no deterministic version, in the check that fills new tensors
     start = time.monotonic()
     device = torch.device("cuda")
     done = set(arguments.done)
@@ -298,7 +302,35 @@ def child(arguments: argparse.Namespace) -> int:
                 if not alive():
                     return LOST
             torch.cuda.empty_cache()
+        if chosen("attention", arguments.only) and "attention" not in done:
+            if time.monotonic() - start > arguments.seconds:
+                write({"skipped": "attention"})
+            else:
+                write({"started": "attention"})
+                write({"attention": measure_attention(device)})
     return 0
+
+
+def measure_attention(device: torch.device) -> Row:
+    """Every attention implementation at the shapes of adaptation and of sampling, and which to choose."""
+    from ..kernels.attention import choose, measure
+    from .kernel_cases import REAL
+
+    (_, *adapted), *sampled = REAL.batches
+    rows = measure(shapes_of([adapted], REAL), device, torch.bfloat16, training=True)
+    rows += measure(shapes_of([batch for _, *batch in sampled], REAL), device, torch.bfloat16, training=False)
+    for row in rows:
+        kind = "training" if row["training"] else "forward"
+        found = f"{row['milliseconds']:8.4f} ms" if "milliseconds" in row else row["refused"]
+        print(f"{'attention':28} {row['shape']:22} {row['backend']:10} {kind:8} {found}", flush=True)
+    return {"rows": rows, "choice": dataclasses.asdict(choose(rows))}
+
+
+def shapes_of(batches: list[Any], sizes: "Sizes") -> list[Any]:
+    from ..kernels.attention import self_attention_shapes
+
+    heads, dim = sizes.heads, sizes.dim // sizes.heads
+    return [shape for samples, grid in batches for shape in self_attention_shapes(samples, grid, heads, dim)]
 
 
 def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]:
@@ -325,6 +357,7 @@ def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]
             records = [json.loads(line) for line in path.read_text().splitlines()]
         started = [r["started"] for r in records if "started" in r]
         result["rows"] += [r["row"] for r in records if "row" in r]
+        result["attention"] = next((r["attention"] for r in records if "attention" in r), None)
         result["skipped"] += [r["skipped"] for r in records if "skipped" in r]
         result["ceilings"] += [r["ceilings"] for r in records if "ceilings" in r]
         result["environment"] = next((r["environment"] for r in records if "environment" in r), result["environment"])
@@ -335,7 +368,7 @@ def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]
             row = {"op": at, "shape": "", "impl": "process", "error": f"the process ended with status {status}"}
             show(row)
             result["rows"].append(row)
-        if not started or end - time.monotonic() < 20:
+        if not started or started[-1] == "attention" or end - time.monotonic() < 20:
             return result
         done += started
 

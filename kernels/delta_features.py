@@ -6,11 +6,12 @@ output counts. The loss is the mean over draws of sum e^2 / sum w (engine/method
 Site mid, and post with scale_t = 0: the delta adds W' d, the same at every token, so a step needs no features at all, only
 sum w, sum r and sum r^2 of each draw. `residual_sums` makes them in one read; they are the closed forms' statistics too.
 
-Site pre: it adds W' (LN(h + d) - LN(h)). Since LN(h + d) = (h + d - m) * rho with mean m and inverse deviation rho a token,
-W' LN(h + d) = rho (p + W' d - m W' 1), where p = W' h never changes: it is kept, [N, C] a draw. No matrix product is left
-in a step. The gradient needs none either: with E = sum of rho e over tokens and c = rho (e . W' LN(h + d)) / D,
-dL/dd is proportional to W'^T E - mean(W'^T E) - sum of c LN(h + d). So one read of h gives the two numbers m, rho of a token,
-then its e, then its part of the sums; all in float32. Partial sums of programs are added in a fixed order.
+Site pre: it adds W' (LN(h + d) - LN(h)). Write x' for x less its mean over the channels; then LN(h + d) = rho (h' + d') with
+one number rho a token, and W' LN(h + d) = rho (p + W' d'), where p = W' h' never changes and is kept, as are the mean of h and
+r + w W' LN(h), from which the error then needs one subtraction. No matrix product is left in a step. The gradient needs none
+either: with E = sum of rho e over tokens and c = rho (e . W' LN(h + d)) / D, dL/dd is proportional to
+(W'^T E)' - sum of c LN(h + d). So one read of h gives a token's rho, then its e, then its part of the sums, all in float32.
+Partial sums of programs are added in a fixed order.
 Axes: K draws, N tokens, D channels, C outputs (at most 64 for the published model).
 """
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from .common import cdiv, check, check_runs, jit, power_of_two
 
 EPS = 1e-6
-BLOCK_N = 4  # tokens that a program holds at a time
-PROGRAMS = 528  # four on each multiprocessor of a Hopper card
+BLOCK_N = 2  # tokens that a program holds at a time
+WARPS = 4
+PROGRAMS = 792  # six on each multiprocessor of a Hopper card
 
 
 def added_reference(features: Tensor, maps: Tensor, delta: Tensor) -> Tensor:
@@ -44,11 +46,13 @@ def loss_reference(features: Tensor, residual: Tensor, weight: Tensor | None, ma
 
 @dataclass(frozen=True)
 class Features:
-    """What a step reads. features: [K, N, D], as the network gives them; residual: [K, N, C] float32, zero where weight is;
-    weight: [N, C] float32 of 0 and 1, or None; maps (W'): [K, C, D] float32; projected (p): [K, N, C] float32."""
+    """What a step reads; float32 but for the features. features: [K, N, D], as the network gives them, and their means [K, N];
+    target: residual + weight * W' LN(h), [K, N, C]; weight: [N, C] of 0 and 1, or None; maps (W'): [K, C, D]; projected (p):
+    [K, N, C]."""
 
     features: Tensor
-    residual: Tensor
+    means: Tensor
+    target: Tensor
     weight: Tensor | None
     maps: Tensor
     projected: Tensor
@@ -73,61 +77,84 @@ def prepare(features_KND: Tensor, residual_KNC: Tensor, weight_NC: Tensor | None
             t is None or t.dtype == torch.float32,
             f"delta_features: {name} must be float32, was {None if t is None else t.dtype}",
         )
-    projected = torch.stack([h.float() @ w.T for h, w in zip(features_KND, maps_KCD, strict=True)])
+    means = torch.stack([h.float().mean(-1) for h in features_KND])
+    target, projected = torch.empty_like(residual_KNC), torch.empty_like(residual_KNC)
+    for k in range(K):
+        centred = features_KND[k].float() - means[k, :, None]
+        projected[k] = centred @ maps_KCD[k].T
+        before = projected[k] * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS)
+        target[k] = residual_KNC[k] + (before if weight_NC is None else before * weight_NC)
     weight = None if weight_NC is None else weight_NC.contiguous()
-    return Features(features_KND.contiguous(), residual_KNC.contiguous(), weight, maps_KCD.contiguous(), projected)
+    return Features(features_KND.contiguous(), means, target, weight, maps_KCD.contiguous(), projected)
+
+
+@jit
+def _moved(h_ptr, row, real, d, mean, delta, D: tl.constexpr):
+    """(h + d) less its mean over the channels, for the channels d."""
+    inside = real[:, None] & (d < D)
+    h = tl.load(h_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, h - mean[:, None] + delta, 0.0)
 
 
 @jit
 def _pre_kernel(
-    h_ptr, residual_ptr, projected_ptr, weight_ptr, delta_ptr, map_delta_ptr, map_sum_ptr,
-    loss_ptr, along_ptr, pulled_ptr, N, tokens_each,
+    h_ptr, mean_ptr, target_ptr, projected_ptr, weight_ptr, delta_ptr, map_delta_ptr, loss_ptr, along_ptr, pulled_ptr,
+    N, tokens_each,
     D: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, WEIGHT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Over `tokens_each` tokens of one draw: sum of e^2, E = sum of rho e [C], sum of c LN(h + d) [D]."""
+    """Over `tokens_each` tokens of one draw: sum of e^2, E = sum of rho e [C], sum of c LN(h + d) [D].
+
+    The channels are held as a power of two and a rest (1152 = 1024 + 128), not padded to the next power of two.
+    """
     draw = tl.program_id(1).to(tl.int64)
     part = draw * tl.num_programs(0) + tl.program_id(0)
-    d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    delta = tl.load(delta_ptr + draw * D + d, mask=d < D, other=0.0)
+    d, c = tl.arange(0, MAIN), tl.arange(0, BLOCK_C)
+    delta = tl.load(delta_ptr + draw * D + d)
+    pulled = tl.zeros((BLOCK_N, MAIN), tl.float32)
+    if TAIL > 0:
+        d_tail = MAIN + tl.arange(0, TAIL)
+        delta_tail = tl.load(delta_ptr + draw * D + d_tail, mask=d_tail < D, other=0.0)
+        pulled_tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
     map_delta = tl.load(map_delta_ptr + draw * C + c, mask=c < C, other=0.0)
-    map_sum = tl.load(map_sum_ptr + draw * C + c, mask=c < C, other=0.0)
-    delta_mean = tl.sum(delta, 0) / D
     loss = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    along = tl.zeros((BLOCK_C,), tl.float32)
-    pulled = tl.zeros((BLOCK_D,), tl.float32)
+    along = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     first = tl.program_id(0) * tokens_each
-    for start in range(first, tl.minimum(first + tokens_each, N), BLOCK_N):
+    last = tl.minimum(first + tokens_each, N)
+    for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        real = n < tl.minimum(first + tokens_each, N)
+        real = n < last
         row = draw * N + n
-        inside = real[:, None] & (d < D)
-        h = tl.load(h_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=real, other=0.0)
         at = row[:, None] * C + c
         counted = real[:, None] & (c < C)
-        residual = tl.load(residual_ptr + at, mask=counted, other=0.0)
+        target = tl.load(target_ptr + at, mask=counted, other=0.0)
         projected = tl.load(projected_ptr + at, mask=counted, other=0.0)
-        mean_h = tl.sum(h, 1) / D
-        mean = mean_h + delta_mean
-        centred_h = tl.where(inside, h - mean_h[:, None], 0.0)
-        centred = tl.where(inside, h + delta - mean[:, None], 0.0)
-        rho_h = tl.rsqrt(tl.sum(centred_h * centred_h, 1) / D + EPS)
-        rho = tl.rsqrt(tl.sum(centred * centred, 1) / D + EPS)
-        before = rho_h[:, None] * (projected - mean_h[:, None] * map_sum)
-        after = rho[:, None] * (projected + map_delta - mean[:, None] * map_sum)
-        added = after - before
+        moved = _moved(h_ptr, row, real, d, mean, delta, D)
+        square = tl.sum(moved * moved, 1)
+        if TAIL > 0:
+            moved_tail = _moved(h_ptr, row, real, d_tail, mean, delta_tail, D)
+            square += tl.sum(moved_tail * moved_tail, 1)
+        rho = tl.rsqrt(square / D + EPS)
+        after = rho[:, None] * (projected + map_delta)
         if WEIGHT:
-            added *= tl.load(weight_ptr + n[:, None] * C + c, mask=counted, other=0.0)
-        e = tl.where(counted, residual - added, 0.0)
-        loss += e * e
-        if WEIGHT:
-            e *= tl.load(weight_ptr + n[:, None] * C + c, mask=counted, other=0.0)
-        along += tl.sum(rho[:, None] * e, 0)
+            weight = tl.load(weight_ptr + n[:, None] * C + c, mask=counted, other=0.0)
+            e = target - weight * after
+            loss += e * e  # where the weight is zero so is the target
+            e *= weight
+        else:
+            e = target - tl.where(counted, after, 0.0)
+            loss += e * e
+        along += rho[:, None] * e
         pull = rho * rho * tl.sum(e * after, 1) / D
-        pulled += tl.sum(pull[:, None] * centred, 0)
+        pulled += pull[:, None] * moved
+        if TAIL > 0:
+            pulled_tail += pull[:, None] * moved_tail
     tl.store(loss_ptr + part, tl.sum(tl.sum(loss, 1), 0))
-    tl.store(along_ptr + part * C + c, along, mask=c < C)
-    tl.store(pulled_ptr + part * D + d, pulled, mask=d < D)
+    tl.store(along_ptr + part * C + c, tl.sum(along, 0), mask=c < C)
+    tl.store(pulled_ptr + part * D + d, tl.sum(pulled, 0))
+    if TAIL > 0:
+        tl.store(pulled_ptr + part * D + d_tail, tl.sum(pulled_tail, 0), mask=d_tail < D)
 
 
 @jit
@@ -173,20 +200,21 @@ def pre_loss_and_gradient(cached: Features, delta_KD: Tensor) -> tuple[Tensor, T
     """
     K, N, D = cached.features.shape
     C = cached.maps.shape[1]
-    check_runs("pre_loss_and_gradient", delta_KD, cached.residual, cached.maps)
+    check_runs("pre_loss_and_gradient", delta_KD, cached.target, cached.maps)
     check_runs("pre_loss_and_gradient", cached.features)
     check(delta_KD.shape == (K, D), f"pre_loss_and_gradient: delta is {list(delta_KD.shape)}, needs {[K, D]}")
-    delta = delta_KD.contiguous()
+    delta = delta_KD - delta_KD.mean(-1, keepdim=True)
     map_delta = (cached.maps * delta[:, None]).sum(-1)  # [K, C]; not a matrix product, which might round to TF32
     programs, tokens_each = _parts(N, K, BLOCK_N)
     loss = delta.new_empty(K, programs)
     along, pulled = delta.new_empty(K, programs, C), delta.new_empty(K, programs, D)
     weight = cached.weight
+    main = power_of_two(D + 1) // 2
     _pre_kernel[(programs, K)](
-        cached.features, cached.residual, cached.projected, cached.residual if weight is None else weight,
-        delta, map_delta, cached.maps.sum(-1), loss, along, pulled, N, tokens_each,
-        D=D, C=C, EPS=EPS, WEIGHT=weight is not None,
-        BLOCK_N=BLOCK_N, BLOCK_D=power_of_two(D), BLOCK_C=power_of_two(C), num_warps=8,
+        cached.features, cached.means, cached.target, cached.projected, cached.target if weight is None else weight,
+        delta, map_delta, loss, along, pulled, N, tokens_each,
+        D=D, C=C, EPS=EPS, WEIGHT=weight is not None, BLOCK_N=BLOCK_N,
+        MAIN=main, TAIL=power_of_two(D - main) if main < D else 0, BLOCK_C=power_of_two(C), num_warps=WARPS,
     )  # fmt: skip
     total = N * C if weight is None else weight.sum()
     back = (cached.maps * along.sum(1)[:, :, None]).sum(1)  # W'^T E, [K, D]
@@ -220,13 +248,12 @@ def residual_sums(residual_KNC: Tensor, weight_NC: Tensor | None) -> ResidualSum
     )
     residual = residual_KNC.contiguous()
     programs, tokens_each = _parts(N, K, 16)
-    parts = residual.new_empty(3, K, programs, C)
+    total, square, count = (residual.new_empty(K, programs, C) for _ in range(3))
     _sums_kernel[(programs, K)](
-        residual, residual if weight_NC is None else weight_NC.contiguous(), parts[0], parts[1], parts[2], N, tokens_each,
+        residual, residual if weight_NC is None else weight_NC.contiguous(), total, square, count, N, tokens_each,
         C=C, WEIGHT=weight_NC is not None, BLOCK_N=16, BLOCK_C=power_of_two(C), num_warps=4,
     )  # fmt: skip
-    total, square, count = parts.sum(2)
-    return ResidualSums(total, count, square.sum(-1))
+    return ResidualSums(total.sum(1), count.sum(1), square.sum((1, 2)))
 
 
 @torch.no_grad()

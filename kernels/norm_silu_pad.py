@@ -139,26 +139,32 @@ def _write_kernel(
     tl.store(out_ptr + to[:, None] * C + c, x, mask=(w < width)[:, None] & (c < C))
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> Tensor:
-    """Factor and offset that norm and affine parameters amount to, [2, B, C] float32."""
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    """Factor and offset that norm and affine parameters amount to, [B, C] float32 each."""
     B, C, T, H, W = x.shape
     N = T * H * W
     block = power_of_two(C)
     rows = max(1, STATISTICS_TILE // block)
     each = cdiv(cdiv(N, PROGRAMS), rows) * rows
     programs = cdiv(N, each)
-    parts = x.new_empty(2, B, programs, C, dtype=torch.float32)
-    _sums_kernel[(programs, B)](x, parts[0], parts[1], N, each, C=C, BLOCK_P=rows, BLOCK_C=block, num_warps=4)
-    affine = x.new_empty(2, B, C, dtype=torch.float32)
+    means, squares = (x.new_empty(B, programs, C, dtype=torch.float32) for _ in range(2))
+    _sums_kernel[(programs, B)](x, means, squares, N, each, C=C, BLOCK_P=rows, BLOCK_C=block, num_warps=4)
+    factor, offset = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
     _affine_kernel[(groups, B)](
-        parts[0], parts[1], weight, bias, affine[0], affine[1], N, each, programs,
+        means, squares, weight, bias, factor, offset, N, each, programs,
         C=C, GROUPS=groups, EPS=eps, BLOCK_P=min(256, power_of_two(programs)), BLOCK_C=power_of_two(C // groups), num_warps=4,
     )  # fmt: skip
-    return affine
+    return factor, offset
 
 
 def _write(
-    x: Tensor, affine: Tensor | None, skip: Tensor | None, times: int, sides: int, front: int, around: int
+    x: Tensor,
+    affine: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
+    times: int,
+    sides: int,
+    front: int,
+    around: int,
 ) -> Tensor:
     B, C, T, H, W = x.shape
     shape = (T * times + front, H * sides + 2 * around, W * sides + 2 * around)
