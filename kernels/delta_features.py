@@ -224,7 +224,7 @@ def pre_loss_and_gradient(cached: Features, delta_KD: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class ResidualSums:
-    """Of each draw, float32: r and w summed over the tokens, [K, C] each, and the squares of r, [K]."""
+    """Of each draw, float64: r and w summed over the tokens, [K, C] each, and the squares of r, [K]."""
 
     residual: Tensor
     count: Tensor
@@ -253,16 +253,18 @@ def residual_sums(residual_KNC: Tensor, weight_NC: Tensor | None) -> ResidualSum
         residual, residual if weight_NC is None else weight_NC.contiguous(), total, square, count, N, tokens_each,
         C=C, WEIGHT=weight_NC is not None, BLOCK_N=16, BLOCK_C=power_of_two(C), num_warps=4,
     )  # fmt: skip
-    return ResidualSums(total.sum(1), count.sum(1), square.sum((1, 2)))
+    wide = torch.float64
+    return ResidualSums(total.sum(1, dtype=wide), count.sum(1, dtype=wide), square.sum((1, 2), dtype=wide))
 
 
 @torch.no_grad()
 def linear_loss_and_gradient(sums: ResidualSums, maps_KCD: Tensor, delta_KD: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of sites mid and post (maps W' or W) and its gradient for every draw's delta, [K, D]; reads no features."""
     K = delta_KD.shape[0]
-    added = (maps_KCD * delta_KD[:, None]).sum(-1)  # [K, C]
+    # The loss is a difference of sums that are larger than it: a few numbers a draw, in float64.
+    added = (maps_KCD * delta_KD[:, None]).sum(-1, dtype=torch.float64)  # [K, C]
     pull = sums.count * added - sums.residual
     total = sums.count.sum(-1)
     loss = (sums.square + (added * (pull - sums.residual)).sum(-1)) / total
-    gradient = (maps_KCD * pull[:, :, None]).sum(1) * (2.0 / (K * total[:, None]))
-    return loss.mean(), gradient
+    pull *= 2.0 / (K * total[:, None])
+    return loss.mean().float(), (maps_KCD * pull.float()[:, :, None]).sum(1)
