@@ -1,7 +1,6 @@
 """Time and memory of one call on a GPU, and the two ceilings it is held against."""
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +14,13 @@ FLUSH_BYTES = 2**28  # several times the L2 cache
 
 @dataclass(frozen=True)
 class Timing:
-    """milliseconds: median of `runs`; low and high: their quartiles; first: seconds of the first call (compiling included);
-    peak: bytes above what was held before; how: replayed from a CUDA graph, or launched from Python."""
+    """milliseconds: median of `runs`; low and high: their quartiles; peak: bytes above what was held before; how: replayed from
+    a CUDA graph (what Python takes to launch is then in no figure, eager PyTorch's included), or launched from Python."""
 
     milliseconds: float
     low: float
     high: float
     runs: int
-    first: float
     peak: int
     how: str
 
@@ -39,11 +37,9 @@ class Timer:
         """`prepare` makes what is not timed and gives the call; everything runs on the timer's own stream."""
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.stream):
-            start = time.perf_counter()
             call = prepare()
             call()
             torch.cuda.synchronize(self.device)
-            first = time.perf_counter() - start
             held = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             for _ in range(3):
@@ -55,7 +51,7 @@ class Timer:
             runs = max(10, min(100, int(budget_ms / max(estimate, 1e-3))))
             times = self._many(replay, runs)
         low, middle, high = statistics.quantiles(times, n=4)
-        return Timing(middle, low, high, runs, first, peak, how)
+        return Timing(middle, low, high, runs, peak, how)
 
     def _captured(self, call: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
         """Replayed from a graph, small kernels are timed and not the time it takes Python to launch them."""

@@ -139,12 +139,10 @@ def _pre_kernel(
         after = rho[:, None] * (projected + map_delta)
         if WEIGHT:
             weight = tl.load(weight_ptr + n[:, None] * C + c, mask=counted, other=0.0)
-            e = target - weight * after
-            loss += e * e  # where the weight is zero so is the target
-            e *= weight
+            e = target - weight * after  # zero where the weight is, because the target is too
         else:
             e = target - tl.where(counted, after, 0.0)
-            loss += e * e
+        loss += e * e
         along += rho[:, None] * e
         pull = rho * rho * tl.sum(e * after, 1) / D
         pulled += pull[:, None] * moved

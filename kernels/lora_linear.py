@@ -121,7 +121,11 @@ def two_term_product(x_MK: Tensor, w_KN: Tensor, z_MR: Tensor, low_rN: Tensor, b
     M, K = x_MK.shape
     N, R = w_KN.shape[1], z_MR.shape[1]
     block_m, block_n, block_k, warps, stages = PRODUCT_BLOCKS
-    block_m, block_n, block_k = block_for(M, block_m), block_for(N, block_n), block_for(K, block_k)
+    block_m, block_n, block_k = (
+        block_for(M, block_m),
+        block_for(N, block_n),
+        block_for(K, block_k * 2 // x_MK.element_size()),
+    )
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
     out = x_MK.new_empty(M, N)
     _product_kernel[(cdiv(M, block_m) * cdiv(N, block_n),)](
