@@ -18,6 +18,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch
+import torch.utils._triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -104,6 +105,45 @@ def compile_all(only: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+class Captured(Exception):
+    """The compiler took the whole call, forward and backward, as one graph."""
+
+
+def trace_all(only: list[str]) -> list[dict[str, Any]]:
+    """A row for every operation: whether torch.compile(fullgraph=True) takes it as one graph, kernels and gradients included."""
+    driver.set_active(Hopper())  # type: ignore[arg-type]
+    common.INTERPRETED = True
+    torch.utils._triton.has_triton = lambda *_: True  # it looks for a GPU; without one kernels are not recognised
+
+    def backend(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes]
+
+        def stop(*_: Any) -> Any:
+            raise Captured(sum("triton_kernel" in name or "autograd_function" in name for name in names))
+
+        return stop
+
+    rows: list[dict[str, Any]] = []
+    for case in all_cases(SIZES):
+        if only and not any(case.op.startswith(op) for op in only):
+            continue
+        inputs = case.make(torch.device("cpu"), torch.bfloat16)
+        leaves = [t.detach().requires_grad_(i in case.trained) for i, t in enumerate(inputs)]
+        for name, function in case.impls.items():
+            if name == "compiled":
+                continue
+            torch._dynamo.reset()
+            row: dict[str, Any] = {"traced": name, "for": case.key}
+            try:
+                torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*leaves)
+            except Captured as found:
+                row["operations"] = found.args[0]
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}"[:2000]
+            rows.append(row)
+    return rows
+
+
 if __name__ == "__main__":
-    for row in compile_all(sys.argv[1:]):
+    for row in compile_all(sys.argv[1:]) + trace_all(sys.argv[1:]):
         print(json.dumps(row))

@@ -1,4 +1,4 @@
-"""Every kernel compiles to Hopper's machine code at the model's widths; it is not run."""
+"""Every kernel compiles to Hopper's machine code at the model's widths, and traces as one graph; it is not run."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="with a GPU the kernels are compiled and run by the other tests")
-def test_every_kernel_compiles_for_hopper(tmp_path):
+def test_every_kernel_compiles_for_hopper_and_traces_as_one_graph(tmp_path):
     torch.use_deterministic_algorithms(False)
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.kernels.hopper"]
@@ -23,6 +23,9 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [row for row in rows if "error" in row]
+    traced = [row for row in rows if "traced" in row]
+    assert traced and all(row["operations"] for row in traced)
+    rows = [row for row in rows if "traced" not in row]
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "common", "windows", "attention"}
     assert {row["kernel"].split(".")[0] for row in rows} == files
     for row in rows:
