@@ -54,12 +54,18 @@ SAMPLERS = {
         (10, 1.0, 1.5, True),
     )
 }
-GRID: dict[str, list[AnyMethod]] = {
+GRID: dict[str, Sequence[AnyMethod]] = {
     "full": [FullFineTuning(steps=20, lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
     "lora": [LoRA(steps=20, lr=lr, rank=8, alpha=8.0) for lr in (3e-4, 1e-3, 3e-3)],
-    "delta": [Delta(steps=20, lr=lr, site=site) for site, lr in (("pre", 1e-2), ("pre", 3e-2), ("mid", 1e-2))],
+    "delta": [
+        Delta(steps=20, site="pre", lr=1e-2),
+        Delta(steps=20, site="pre", lr=3e-2),
+        Delta(steps=20, site="mid", lr=1e-2),
+    ],
     "delta_closed_form": [
-        DeltaClosedForm(site=site, ridge=ridge) for site, ridge in (("mid", 1e-2), ("mid", 1e-1), ("post", 1e-1))
+        DeltaClosedForm(site="mid", ridge=1e-2),
+        DeltaClosedForm(site="mid", ridge=1e-1),
+        DeltaClosedForm(site="post", ridge=1e-1),
     ],
 }
 
@@ -87,8 +93,8 @@ class Worker:
         torch.set_num_threads(1)
         make_deterministic()
         root = EMBEDDED if weights == "embedded" else Path(weights)
-        self.dit, _ = load_dit(str(root / "dit"), self.device, torch.float32)
-        self.vae, _ = load_vae(str(root / "vae"), self.device, torch.float32)
+        self.dit = load_dit(str(root / "dit"), self.device, torch.float32)
+        self.vae = load_vae(str(root / "vae"), self.device, torch.float32)
         self.text = EmbeddedText(self.dit.config.caption_channels, table_file=root / "text" / "table.safetensors")
         self.frames: dict[str, Any] = {}
 

@@ -75,12 +75,15 @@ def initialise(dit: STDiT3) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    zero = [dit.x_embedder_cond.proj, dit.x_embedder_cond_mask.proj, dit.fps_embedder.mlp[2], dit.final_layer.linear]
-    for block in dit.temporal_blocks:
-        zero += [block.attn.proj, block.cross_attn.proj, block.mlp.fc2]
-    for module in zero:
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
+    names = ["x_embedder_cond.proj", "x_embedder_cond_mask.proj", "fps_embedder.mlp.2", "final_layer.linear"]
+    names += [
+        f"temporal_blocks.{k}.{part}"
+        for k in range(dit.config.depth)
+        for part in ("attn.proj", "cross_attn.proj", "mlp.fc2")
+    ]
+    for name in names:
+        for tensor in dit.get_submodule(name).parameters():
+            nn.init.zeros_(tensor)
 
 
 def continuation_loss(

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +48,7 @@ class Cards:
         for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> torch.autocast:
         """bfloat16 compute on a card; float32 on a CPU, where bfloat16 is slow."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
@@ -92,7 +91,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         weight = 1 - min(self.plan.decay, (1 + self.taken) / (10 + self.taken))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], weight)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter.detach(), weight)
         self.taken += 1
         return self._advance() < 1
 
