@@ -95,10 +95,10 @@ DOMAINS = {
         shapes={"cross": textures.cross, "diamond": textures.diamond, "disc": textures.disc},
         colours={
             "yellow": (0.16, 0.7, 0.9),
-            "cyan": (0.5, 0.6, 0.8),
+            "teal": (0.5, 0.6, 0.8),
             "purple": (0.76, 0.55, 0.55),
             "pink": (0.9, 0.4, 0.95),
-            "olive": (0.2, 0.6, 0.4),
+            "khaki": (0.2, 0.6, 0.4),
         },
         motion=orbit,
     ),
@@ -309,7 +309,7 @@ def captions(scene: Scene) -> list[str]:
             if thing.present[b]
         ]
         x, y = scene.pan[b].tolist()
-        way = ("right" if x > 0 else "left") if abs(x) > abs(y) else ("down" if y > 0 else "up")
+        way = ("rightward" if x > 0 else "leftward") if abs(x) > abs(y) else ("downward" if y > 0 else "upward")
         camera = f"the camera moves {way}" if math.hypot(x, y) > 0.08 else "the camera is still"
         light = "the light changes" if scene.light[b] > 0.1 else "the light is steady"
         listed = ", ".join(things[:-1]) + " and " + things[-1]
