@@ -18,7 +18,7 @@ from .data.clips import Clip, clip_hash, list_clips
 from .data.video import read_window, to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
-from .files import sha256_json, write_json, write_tensors, write_text
+from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
 from .metrics.score import score_frames
@@ -27,7 +27,7 @@ from .models.load import load_models
 from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
-from .rundir import RunDirectory, clip_settings, first_difference, read_json
+from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
 from .summary import marks_of, print_summary, write_comparisons, write_summary
@@ -53,8 +53,9 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     clips = sum(map(len, todo.values()))
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
         write_head(session)
+        remove_abandoned(directory.root, (directory.root / "recipe.yaml").stat().st_mtime)
         if clips:
-            session = replace(session, marks=session.marks + preflight(session, partial(known_latents, session)))
+            session = replace(session, marks=session.marks + preflight(session, partial(read, session)))
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
@@ -225,6 +226,10 @@ def run_clip(
         )
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
+    made_from = {
+        "scored frames": sha256_tensor(shown.frames[window.scored.start : window.scored.stop]),
+        **outcome.made_from,
+    }
     result = {
         "clip": clip.id,
         "arm": arm,
@@ -237,10 +242,14 @@ def run_clip(
         "window": session.describe_window(),
         "paths": session.describe_paths(),
         "adapted_on": adapted_on,
+        "made_from": made_from,
+        "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
         "scores": scores,
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
     }
+    if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
+        check_paired(baseline, result)
     write_kept(session, arm, clip, shown.frames, outcome)
     session.directory.write_result(arm, clip.id, result)
     return result

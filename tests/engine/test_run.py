@@ -69,11 +69,15 @@ def test_a_result_says_what_was_done(lab, first):
     result = lab.result("first", "full", "ball")
     assert list(result) == [
         *("clip", "arm", "caption", "start", "marks", "warnings", "keys", "settings", "seeds", "window", "paths"),
-        *("adapted_on", "adaptation", "scores", "cost"),
+        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost"),
     ]
     named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
     assert named == {"clip": "ball", "arm": "full", "caption": "Ball.", "start": 0.0}
     assert result["adapted_on"] == {"ball": result["keys"]["clip"]}
+    baseline = lab.result("first", "baseline", "ball")
+    assert list(result["made_from"]) == ["scored frames", "known latents", "caption", "noise", "sampler"]
+    assert result["made_from"] == baseline["made_from"] and result["generated"] != baseline["generated"]
+    assert result["made_from"]["scored frames"] == hashlib.sha256(lab.frames("ball")[10:].numpy().tobytes()).hexdigest()
     assert result["marks"] == [UNTRAINED_TEXT, WORSE_THAN_ZERO]
     assert result["warnings"] == ["24x16 lies outside the sizes v1.3 was trained at (360p, 720p)"]
     assert result["window"] == {
