@@ -95,7 +95,7 @@ def sha256_tensor(tensor: "Tensor") -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal, from any device and of any dtype (bfloat16 too, which numpy lacks)."""
     import torch
 
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def sha256_json(value: Any) -> str:
