@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .data.clips import Clip, clip_hash, list_clips
+from .data.prepared import check_prepared
 from .data.video import read_window, to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
@@ -171,7 +172,10 @@ class Shown:
 
 
 def read(session: Session, clip: Clip) -> Shown:
-    """The frames of a clip's window, at the recipe's rate and size; raises UserError where the file does not give them."""
+    """The frames of a clip's window, at the recipe's rate and size.
+
+    Raises UserError where the file does not give them, or gives others than its manifest says.
+    """
     window, data = session.recipe.window, session.recipe.data
     content = clip_hash(clip)
     frames = read_window(
@@ -182,6 +186,7 @@ def read(session: Session, clip: Clip) -> Shown:
         height=data.height,
         width=data.width,
     )
+    check_prepared(clip, frames, window.fps)
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
