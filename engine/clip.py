@@ -16,6 +16,7 @@ from torch import Tensor
 from .adaptation import AdaptationSettings, Task
 from .denoiser import Denoiser
 from .errors import UserError
+from .files import sha256_json, sha256_tensor
 from .flow import sampling_timesteps
 from .memory import peak_memory, reset_peak_memory
 from .methods.optimize import Trace
@@ -62,6 +63,8 @@ class Outcome:
     trace: Trace
     change: Change
     state: dict[str, Tensor]
+    made_from: dict[str, str]
+    """SHA-256 of all that sampling started from except the weights: what every method of a clip must share."""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
 
@@ -73,7 +76,9 @@ def encode_known(vae: VAE, pixels_3FHW: Tensor, window: Window, generator: torch
     Frames after them are cut off before encoding.
     """
     known = pixels_3FHW[:, : window.encoded_frames]
-    return vae.encode(known[None].to(next(vae.parameters()).device), generator)
+    latents = vae.encode(known[None].to(next(vae.parameters()).device), generator)
+    assert latents.shape[2] == window.known_latents, f"{latents.shape[2]} latent frames for {window.encoded_frames}"
+    return latents
 
 
 def continue_clip(
@@ -98,6 +103,8 @@ def continue_clip(
             if randomize is not None:
                 adapter.randomize(randomize)
         change = adapter.change()
+        if adapter.steps and not trace.steps:
+            raise RuntimeError(f"adapting took no step of {adapter.steps}; its result would be the baseline's")
         if trace.steps and not change.changed:
             raise UserError(
                 f"adapting changed no weight that computes ({trace.steps} steps moved the masters by {change.master:.1e}): "
@@ -105,7 +112,7 @@ def continue_clip(
             )
         with torch.no_grad():
             with timed(seconds, "sample", experiment.dit.device):
-                latents = sample_continuation(experiment, known, adapter, progress)
+                latents, made_from = sample_continuation(experiment, known, adapter, progress)
             with timed(seconds, "decode", experiment.dit.device):
                 pixels = experiment.vae.decode(latents, experiment.window.generated)[0].float()
         state = adapter.state() if keep_state else {}
@@ -113,7 +120,8 @@ def continue_clip(
         adapter.restore()
     if (left := adapter.change()).changed:
         raise RuntimeError(f"restoring left {left.changed} numbers changed; no later result could be trusted")
-    return Outcome(pixels, latents, trace, change, state, seconds, peak_memory(experiment.dit.device))
+    memory = peak_memory(experiment.dit.device)
+    return Outcome(pixels, latents, trace, change, state, made_from, seconds, memory)
 
 
 def task_of(experiment: Experiment, known: Known) -> Task:
@@ -139,8 +147,12 @@ def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Prog
     return adapter.adapt(task_of(experiment, known), lambda step, loss: progress("adapt", step + 1, adapter.steps))
 
 
-def sample_continuation(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Tensor:
-    """Latents of the whole clip, [1, C, T, h, w] float32, from named noise under the weights in force."""
+def sample_continuation(
+    experiment: Experiment, known: Known, adapter: Adapter, progress: Progress
+) -> tuple[Tensor, dict[str, str]]:
+    """Latents of the whole clip, [1, C, T, h, w] float32, from named noise under the weights in force; and SHA-256 of what
+    they were made from.
+    """
     window, settings, dit = experiment.window, experiment.sampler, experiment.dit
     _, C, K, h, w = known.latents.shape
     shape = (1, C, window.latent_frames, h, w)
@@ -166,15 +178,24 @@ def sample_continuation(experiment: Experiment, known: Known, adapter: Adapter, 
         fresh[:, :, :K] = noise("known frames", step, K)
         return fresh
 
-    return sample(
+    start = noise("sampling", 0, window.latent_frames)
+    timesteps = sampling_timesteps(settings.steps, *experiment.pixel_size, window.model_frames, size_dtype=dit.dtype)
+    made_from = {
+        "known latents": sha256_tensor(known.latents),
+        "caption": sha256_tensor(known.prompt.embedding),
+        "noise": sha256_tensor(start),
+        "sampler": sha256_json([timesteps.tolist(), asdict(settings)]),
+    }
+    latents = sample(
         ContinuationGuidance(branches, settings, window.latent_frames),
-        noise("sampling", 0, window.latent_frames),
-        sampling_timesteps(settings.steps, *experiment.pixel_size, window.model_frames, size_dtype=dit.dtype),
+        start,
+        timesteps,
         known=given,
         known_mask=mask,
         known_noise=known_noise if settings.sdedit else None,
         on_step=lambda step: progress("sample", step + 1, settings.steps),
     )
+    return latents, made_from
 
 
 @contextmanager

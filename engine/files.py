@@ -4,14 +4,19 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
+ABANDONED_AFTER = 3600.0
+"""Seconds without a change after which nobody can be writing a temporary file any more: a write takes seconds."""
 
 
 @contextmanager
@@ -34,6 +39,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, now: float | None = None) -> None:
+    """Remove temporary files, at any depth, that a killed process left; those of live ones stay.
+
+    Told by age, not by process: tasks on other hosts and in other containers share a run directory, and their process
+    numbers say nothing here. now: the time by the file system's own clock; by default this machine's. A process that slept
+    for longer than ABANDONED_AFTER in the middle of a write fails at that write and at no other.
+    """
+    now = time.time() if now is None else now
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names if TEMPORARY.fullmatch(name)):
+            with suppress(FileNotFoundError):  # another task removes the same ones
+                if now - path.stat().st_mtime > ABANDONED_AFTER:
+                    path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,6 +89,13 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_tensor(tensor: "Tensor") -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal, from any device and of any dtype (bfloat16 too, which numpy lacks)."""
+    import torch
+
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def sha256_json(value: Any) -> str:

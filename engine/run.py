@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .data.clips import Clip, clip_hash, list_clips
+from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
-from .files import sha256_json, write_json, write_tensors, write_text
+from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
@@ -29,7 +30,7 @@ from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
 from .references import score_continuation
-from .rundir import RunDirectory, clip_settings, first_difference, read_json
+from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
 from .summary import marks_of, print_summary, write_comparisons, write_summary
@@ -55,8 +56,9 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     clips = sum(map(len, todo.values()))
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
         write_head(session)
+        remove_abandoned(directory.root, (directory.root / "recipe.yaml").stat().st_mtime)
         if clips:
-            session = replace(session, marks=session.marks + preflight(session, partial(known_latents, session)))
+            session = replace(session, marks=session.marks + preflight(session, partial(read, session)))
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
@@ -174,10 +176,14 @@ class Shown:
 
 
 def read(session: Session, clip: Clip) -> Shown:
-    """The frames of a clip's window, at the recipe's rate and size; raises UserError where the file does not give them."""
+    """The frames of a clip's window, at the recipe's rate and size.
+
+    Raises UserError where the file does not give them, or gives others than its manifest says.
+    """
     window, data = session.recipe.window, session.recipe.data
     content = clip_hash(clip)
     frames = read_clip(clip, frames=window.total_frames, fps=window.fps, height=data.height, width=data.width)
+    check_prepared(clip, frames, window.fps)
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
@@ -223,6 +229,10 @@ def run_clip(
         )
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
+    made_from = {
+        "scored frames": sha256_tensor(shown.frames[window.scored.start : window.scored.stop]),
+        **outcome.made_from,
+    }
     result = {
         "clip": clip.id,
         "arm": arm,
@@ -236,10 +246,14 @@ def run_clip(
         "window": session.describe_window(),
         "paths": session.describe_paths(),
         "adapted_on": adapted_on,
+        "made_from": made_from,
+        "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
         "scores": scores,
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
     }
+    if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
+        check_paired(baseline, result)
     write_kept(session, arm, clip, shown.frames, outcome)
     session.directory.write_result(arm, clip.id, result)
     return result

@@ -94,6 +94,27 @@ def check_same_settings(
     return result
 
 
+def check_paired(baseline: dict[str, Any], result: dict[str, Any]) -> None:
+    """Raise ValueError unless a result differs from the baseline's of the same clip in its method, and in that alone.
+
+    Compares what was really used, by hash (`made_from`), not what the recipe says. A video that is the baseline's to the bit
+    although weights changed was sampled without them, or rounding swallowed the change.
+    """
+    ours, theirs = (
+        {"protocol": r.get("keys", {}).get("protocol"), "made_from": r.get("made_from", {})} for r in (result, baseline)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"this result cannot be compared with that of arm {baseline['arm']} ({first_difference(theirs, ours)}); if that "
+            "one is wrong, remove it, and both are made again"
+        )
+    if result["adaptation"]["change"]["changed"] and result["generated"] == baseline["generated"]:
+        raise ValueError(
+            f"adapting changed weights, but the video is that of arm {baseline['arm']} to the bit: the change is too small "
+            "for the network's dtype (raise lr), or it was not in force while sampling"
+        )
+
+
 def first_difference(before: Any, now: Any, path: str = "") -> str:
     """Name the first place where two JSON values differ, as `path: was A, now B`."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -48,6 +48,11 @@ class Session:
     def arms(self) -> dict[str, Arm]:
         return arms_of(self.recipe)
 
+    @property
+    def baseline(self) -> str:
+        """The arm of kind none, which runs first."""
+        return next(iter(self.arms))
+
     def other(self, clip: Clip) -> Clip:
         """The clip that a placebo adapts on: the next of the whole list, so that it is the same in every shard."""
         at = [c.id for c in self.listed].index(clip.id)
@@ -176,12 +181,16 @@ class Session:
             pass  # not there yet, or damaged: made again
         seconds: dict[str, float] = {}
         with timed(seconds, "encode", pixels_3FHW.device):
-            window, generator = self.recipe.window, None
-            if window.posterior == "sample":
-                generator = generator_for(self.recipe.seed, clip.id, "posterior")
-            latents = encode_known(self.models.vae, pixels_3FHW, window, generator)
+            latents = self.encode(clip, pixels_3FHW)
         write_tensors(path, {"latents": latents}, {"seconds": str(seconds["encode"])})
         return latents, seconds["encode"]
+
+    def encode(self, clip: Clip, pixels_3FHW: Tensor) -> Tensor:
+        """Latents of a clip's known frames, of the posterior's mode or its sample, as the recipe says."""
+        window, generator = self.recipe.window, None
+        if window.posterior == "sample":
+            generator = generator_for(self.recipe.seed, clip.id, "posterior")
+        return encode_known(self.models.vae, pixels_3FHW, window, generator)
 
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
         """Write the scores of the references for a clip, once for all arms."""

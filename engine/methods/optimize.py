@@ -102,6 +102,7 @@ def optimize(
 
     on_step(step, loss) runs after each step and may raise to stop. Raises FloatingPointError at a loss that is not finite.
     """
+    assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
     optimizer = torch.optim.AdamW(
         masters.tensors, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay
     )

@@ -9,22 +9,25 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..fetch import HUB_FILES, torch_hub_file, verify_hub_file
+from ..files import sha256_tensor
 from ..models.checkpoint import load_strict, open_state
 from ..torchvision_ops import declare_missing_operators
 from .frames import check_pair
 
 SMALLEST = 31  # pixels a side: below it AlexNet's last pooling has nothing left
+LINEAR_WEIGHTS = "718a8b40"  # begins the SHA-256 of the five layers' float32 weights of v0.1, which lpips 0.1.4 ships
 BATCH = 8  # frames a pass, to bound memory
 
 
 class LPIPS:
-    """The distance between the frames of two videos. Its network is built on the first call and moves to their device.
+    """The distance between the frames of two videos. Its network moves to their device.
 
     Constructing raises UserError when the network cannot be had: `available` says why.
     """
@@ -33,7 +36,7 @@ class LPIPS:
         reason = self.available()
         if reason:
             raise UserError(reason)
-        self._network: nn.Module | None = None
+        self._network = _build()
 
     @classmethod
     def available(cls) -> str | None:
@@ -59,7 +62,7 @@ class LPIPS:
         height, width = pred_CFHW.shape[2:]
         if min(height, width) < SMALLEST:
             raise ValueError(f"frames are {height}x{width}; LPIPS needs at least {SMALLEST}x{SMALLEST}")
-        self._network = network = (self._network or _build()).to(pred_CFHW.device)
+        network = self._network.to(pred_CFHW.device)
         batches = zip(_batches(pred_CFHW), _batches(truth_CFHW), strict=True)
         with _plain_float32(pred_CFHW.device):
             return torch.cat([network(pred_FCHW, truth_FCHW).flatten() for pred_FCHW, truth_FCHW in batches]).double()
@@ -86,8 +89,25 @@ def _build() -> nn.Module:
     features = network.net  # names its layers slice2.3.weight where the file says features.3.weight
     own_name = {f"features.{name.split('.', 1)[1]}": name for name in features.state_dict()}
     state = {name: value for name, value in open_state(path).items() if not name.startswith("classifier.")}
-    load_strict(features, {own_name.get(name, name): value for name, value in state.items()}, str(path))
+    state = {own_name.get(name, name): value for name, value in state.items()}
+    load_strict(features, state, str(path))
+    _check_weights(network, state)
     return network.eval().requires_grad_(False)
+
+
+def _check_weights(network: Any, features: dict[str, Tensor]) -> None:
+    """Raise UserError unless the network holds the file's features and the published linear weights.
+
+    A network that was left random scores without a complaint.
+    """
+    held = network.net.state_dict()
+    linear = torch.cat([layer.model[-1].weight.detach().flatten() for layer in network.lins])
+    if any(not torch.equal(held[name], value) for name, value in features.items()):
+        raise UserError(
+            "LPIPS was built with other features than AlexNet's verified file holds; install lpips 0.1.4 again"
+        )
+    if not sha256_tensor(linear).startswith(LINEAR_WEIGHTS):
+        raise UserError("LPIPS was built with other linear weights than those published; install lpips 0.1.4 again")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Axes: F frames, H height, W width; the 3 is red, green, blue.
 """
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..data.decode import Limits, open_pictures, pictures, rounding, upright
 from ..data.video import read_window
 from ..errors import UserError
-from ..files import sha256_file, write_json
+from ..files import sha256_file, sha256_tensor, write_json
 from .output import clip_path, state_path
 from .settings import Settings
 from .storage import write_clip
@@ -43,7 +42,7 @@ def _store(job: Job, frames_F3HW: Tensor) -> dict[str, Any]:
     write_clip(path, frames_F3HW, job.settings.fps)
     return {
         "bytes": path.stat().st_size,
-        "frames_sha256": hashlib.sha256(frames_F3HW.numpy().data).hexdigest(),
+        "frames_sha256": sha256_tensor(frames_F3HW),
         "source_sha256": sha256_file(job.video),
     }
 

@@ -13,19 +13,17 @@ import fcntl
 import io
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_json, write_text
+from ..files import TEMPORARY, write_json, write_text
 
 SUFFIX = ".mp4"
 STORAGE = "FFV1 level 3, bgr0, MP4"
 OURS = {"prepare.json", "captions.txt", "clips", "state", "manifest.csv", "rejects.csv", "downloads"}
-TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
 
 
 def clip_path(out: Path, clip_id: str) -> Path:

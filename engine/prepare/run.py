@@ -26,7 +26,7 @@ from .workers import Job, end_workers, executor, usable_cpus, work
 
 MANIFEST = [
     *("path", "id", "caption", "start", "class", "group", "split1", "split2", "split3"),
-    *("source", "source_start", "source_size", "frames", "fps", "conditioning_frames", "bars"),
+    *("source", "source_start", "source_size", "frames", "fps", "size", "conditioning_frames", "bars"),
     *("frames_sha256", "source_sha256"),
 ]
 REJECTS = ["source", "id", "class", "reason"]
@@ -198,6 +198,7 @@ def _row(clip: Candidate, state: State, settings: Settings, splits: dict[int, st
         "source_size": state["source_size"],
         "frames": settings.frames,
         "fps": f"{settings.fps:g}",
+        "size": f"{settings.width}x{settings.height}",
         "conditioning_frames": settings.conditioning_frames,
         "bars": " ".join(map(str, state["bars"])),
         "frames_sha256": state["frames_sha256"],

@@ -16,6 +16,7 @@ from vidtta.engine.flow import sampling_timesteps
 from vidtta.engine.methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from vidtta.engine.methods.none import NoAdapter
 from vidtta.engine.methods.optimize import Trace
+from vidtta.engine.methods.protocol import Change
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.window import Window
 
@@ -107,10 +108,17 @@ def test_adapting_and_sampling_meet_the_same_noise_levels_and_known_frames(monke
     class Recorder(NoAdapter):
         steps = 1
         task: Task
+        changed = 0
 
         def adapt(self, task, on_step):
-            self.task = task
-            return Trace()
+            self.task, self.changed = task, 1
+            return Trace(steps=1)
+
+        def change(self):
+            return Change(0.0, 0.0, self.changed, 1)
+
+        def restore(self):
+            self.changed = 0
 
     sampled = {}
 

@@ -3,10 +3,21 @@
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
-from vidtta.engine.files import atomic_path, sha256_file, sha256_json, write_json, write_text
+import torch
+from vidtta.engine.files import (
+    ABANDONED_AFTER,
+    atomic_path,
+    remove_abandoned,
+    sha256_file,
+    sha256_json,
+    sha256_tensor,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -91,3 +102,34 @@ def test_checksums(tmp_path: Path):
     canonical = hashlib.sha256(b'{"a":[1,2],"b":null}').hexdigest()
     assert sha256_json({"b": None, "a": [1, 2]}) == sha256_json({"a": [1, 2], "b": None}) == canonical
     assert sha256_json({"a": [2, 1], "b": None}) != canonical
+
+
+def test_only_abandoned_temporary_files_are_removed(tmp_path: Path):
+    """A live writer's file is younger; whatever is not named as ours stays, however old."""
+    deep = tmp_path / "arms/full/clips/ball"
+    deep.mkdir(parents=True)
+    name = ".tmp-0123456789ab-result.json"
+    old, young, others = deep / name, tmp_path / name, [deep / "result.json", deep / ".tmp-result.json"]
+    for path in (old, young, *others):
+        path.write_text("half")
+    now = young.stat().st_mtime
+    for path in (old, *others):
+        os.utime(path, (now - ABANDONED_AFTER - 1, now - ABANDONED_AFTER - 1))
+    os.utime(young, (now - ABANDONED_AFTER + 60, now - ABANDONED_AFTER + 60))
+    remove_abandoned(tmp_path, now)
+    assert not old.exists()
+    assert young.exists() and all(path.exists() for path in others)
+    remove_abandoned(tmp_path, now + 120)
+    assert not young.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_a_tensor_counts_by_its_bytes(dtype: torch.dtype):
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    data = {
+        torch.float32: struct.pack("<6f", *range(6)),
+        torch.bfloat16: b"".join(struct.pack("<f", k)[2:] for k in range(6)),
+        torch.uint8: bytes(range(6)),
+    }[dtype]
+    assert sha256_tensor(tensor) == hashlib.sha256(data).hexdigest()
+    assert sha256_tensor(tensor.T) != sha256_tensor(tensor)

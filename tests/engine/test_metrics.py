@@ -14,6 +14,8 @@ from vidtta.engine.metrics.lpips import LPIPS
 from vidtta.engine.metrics.psnr import PSNR_CAP, mse, psnr
 from vidtta.engine.metrics.ssim import ssim
 
+from .tiny import save_alexnet
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 WHY = "not asked for"
 
@@ -101,21 +103,7 @@ def test_ssim_needs_a_whole_window():
 
 @pytest.fixture(scope="module")
 def alexnet_file(tmp_path_factory):
-    """Seeded random AlexNet weights in the published layout; the classifier, which LPIPS never reads, takes no room."""
-    from torchvision.models import alexnet
-
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in alexnet(weights=None).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.zeros(1).expand(shape)
-        if name.startswith("classifier")
-        else torch.randn(shape, generator=generator) * max(1, math.prod(shape[1:])) ** -0.5
-        for name, shape in shapes.items()
-    }
-    path = tmp_path_factory.mktemp("alexnet") / "weights.pth"
-    torch.save(state, path)
-    return path
+    return save_alexnet(tmp_path_factory.mktemp("alexnet") / "weights.pth")
 
 
 @pytest.fixture

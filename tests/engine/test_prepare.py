@@ -81,6 +81,7 @@ def test_manifest_rejects_and_files(prepared, source):
         "source_size": "32x24",
         "frames": "6",
         "fps": "24",
+        "size": "32x24",
         "conditioning_frames": "3",
         "bars": "0 0 0 0",
     }

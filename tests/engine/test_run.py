@@ -45,7 +45,7 @@ def first(lab):
 
 
 def vae_of(lab):
-    return load_vae(str(lab.root / "vae"), CPU, torch.float32)[0]
+    return load_vae(str(lab.root / "vae"), CPU, torch.float32)
 
 
 def psnr_by_hand(pred, truth):
@@ -82,11 +82,15 @@ def test_a_result_says_what_was_done(lab, first):
             "window",
             "paths",
         ),
-        *("adapted_on", "adaptation", "scores", "cost"),
+        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost"),
     ]
     named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
     assert named == {"clip": "ball", "arm": "full", "caption": "Ball.", "start": 0.0}
     assert result["adapted_on"] == {"ball": result["keys"]["clip"]}
+    baseline = lab.result("first", "baseline", "ball")
+    assert list(result["made_from"]) == ["scored frames", "known latents", "caption", "noise", "sampler"]
+    assert result["made_from"] == baseline["made_from"] and result["generated"] != baseline["generated"]
+    assert result["made_from"]["scored frames"] == hashlib.sha256(lab.frames("ball")[10:].numpy().tobytes()).hexdigest()
     assert result["marks"] == [UNTRAINED_TEXT, WORSE_THAN_ZERO]
     assert result["warnings"] == ["24x16 lies outside the sizes v1.3 was trained at (360p, 720p)"]
     assert result["window"] == {
@@ -145,7 +149,7 @@ def test_keys_tell_what_may_be_compared(lab, first):
     assert full["settings"]["adaptation"]["context_latents"] == 2
     assert baseline["settings"]["method"] == {"kind": "none"}
     assert "adaptation" not in baseline["settings"]
-    weights = {"dit": load_dit(str(lab.root / "dit"), CPU, torch.float32)[0], "vae": vae_of(lab)}
+    weights = {"dit": load_dit(str(lab.root / "dit"), CPU, torch.float32), "vae": vae_of(lab)}
     assert full["settings"]["protocol"]["weights"] == {name: state_hash(model) for name, model in weights.items()}
 
 

@@ -1,6 +1,7 @@
 """The same command again: what is finished stays, what is missing is made, and other settings are refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -58,7 +59,14 @@ def test_a_result_that_is_missing_or_damaged_is_made_again(lab, undisturbed, fin
         result.unlink()
     else:
         result.write_text(damage)
-    (result.parent / ".tmp-0123456789ab-result.json").write_text('{"clip":')  # as a kill leaves them
+    left = [
+        folder / ".tmp-0123456789ab-result.json" for folder in (result.parent, lab.root / finished / "shared/latents")
+    ]
+    for path in left:  # as a kill leaves them
+        path.write_text('{"clip":')
+        os.utime(path, (path.stat().st_mtime - 3700,) * 2)
+    live = result.parent / ".tmp-ba9876543210-video.mp4"
+    live.write_bytes(b"another task writes this")
     (result.parent / "video.mp4").write_bytes(b"half a video")
     assert lab.run(finished) == 0
     assert lab.results(finished) == undisturbed
@@ -67,6 +75,7 @@ def test_a_result_that_is_missing_or_damaged_is_made_again(lab, undisturbed, fin
     folder = "arms/delta/clips/wave"
     made = [f"{folder}/{name}" for name in ("adapter.safetensors", "latents.safetensors", "result.json", "video.mp4")]
     assert changed == {*made, "comparisons/wave.mp4"}
+    assert live.exists() and not any(path.exists() for path in left)
     read_window(result.parent / "video.mp4", frames=TOTAL, fps=24, height=HEIGHT, width=WIDTH)
 
 

@@ -1,7 +1,9 @@
 """A network, an autoencoder and a clip so small that a test adapts them in milliseconds; weights by rule, so numbers repeat."""
 
+import math
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -102,3 +104,20 @@ def tiny_pixels(seed: int = 0) -> Tensor:
 def tiny_known(experiment: Experiment, clip_id: str = "clip") -> Known:
     """What a method may know of the clip whose frames are `tiny_pixels()`; latents [1, 16, 7, 2, 4]."""
     return Known(clip_id, encode_known(experiment.vae, tiny_pixels(), experiment.window), tiny_caption())
+
+
+def save_alexnet(path: Path) -> Path:
+    """Seeded random AlexNet weights in the published layout; the classifier, which LPIPS never reads, takes no room."""
+    from torchvision.models import alexnet
+
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in alexnet(weights=None).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.zeros(1).expand(shape)
+        if name.startswith("classifier")
+        else torch.randn(shape, generator=generator) * max(1, math.prod(shape[1:])) ** -0.5
+        for name, shape in shapes.items()
+    }
+    torch.save(state, path)
+    return path
