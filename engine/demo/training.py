@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 PIECE_BYTES = 16_000_000
 """Largest weight file; below 16 MiB."""
@@ -90,9 +91,10 @@ class Trainer:
             group["lr"] = self.plan.lr * rise * (0.5 + 0.5 * math.cos(math.pi * self.progress))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        weight = 1 - min(self.plan.decay, (1 + self.taken) / (10 + self.taken))
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(parameter.detach(), weight)
+        decay = min(
+            self.plan.decay, (1 + self.taken) / (10 + self.taken)
+        )  # short at first, so that the start is forgotten
+        get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], None)
         self.taken += 1
         return self._advance() < 1
 

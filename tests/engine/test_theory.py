@@ -1,6 +1,7 @@
 """What must hold whatever the weights: plain descent lowers its own loss, and the closed form is the least of its objective."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_plain_gradient_descent_at_a_small_rate_never_raises_the_loss_on_fixed_d
         descent.zero_grad()
         loss.backward()
         descent.step()
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < earlier for earlier, later in pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("site", ["mid", "post"])

@@ -1,5 +1,6 @@
 """The world made by code: its clips repeat, move as they should, and the shifted domain is one that training never sees."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -25,7 +26,7 @@ from vidtta.engine.text.encoder import word_rows
 TIMES = torch.arange(45) / 24
 
 
-def scene(domain="familiar", indices=range(3), split="tuning"):
+def scene(domain: str = "familiar", indices: Sequence[int] = range(3), split: str = "tuning"):
     return build_scene(DOMAINS[domain], clip_numbers(domain, split, indices))
 
 
