@@ -26,7 +26,7 @@ from vidtta.engine.files import ABANDONED_AFTER, TEMPORARY
 from .engine.tiny_run import CLIPS, FORKS, FULL, Lab, run_in_child, tiny_lab
 
 SHARED = ("captions", "latents", "references", "comparisons")  # folders whose files are named by content or clip
-LOADING = "loading"
+LOADING, ENDED = b"loading", b"ended"
 COMPARED = ("latents.safetensors", "adapter.safetensors", "video.mp4")
 
 
@@ -70,12 +70,13 @@ def kill_runs(lab: Lab, kills: int, seed: int) -> Report:
     while report.kills < kills:
         child, place = _start(lab, report.outputs[-1])
         child.join(chance.uniform(0, whole))
-        if child.exitcode is None:
+        if child.exitcode is None and place.value != ENDED:
             child.kill()
             child.join()
             report.kills += 1
             report.places[place.value.decode()] += 1
         else:
+            child.join()
             assert child.exitcode == 0
             report.undisturbed += 1
             report.outputs.append(f"killed {len(report.outputs)}")
@@ -124,20 +125,23 @@ def _temporaries(lab: Lab) -> list[Path]:
 
 def _time_of(lab: Lab) -> float:
     """Seconds that a whole run takes once its models are loaded."""
-    child, _ = _start(lab, "undisturbed")
+    child, place = _start(lab, "undisturbed")
     begun = time.monotonic()
+    while place.value != ENDED:
+        time.sleep(0.002)
+    seconds = time.monotonic() - begun
     child.join()
     assert child.exitcode == 0
-    return time.monotonic() - begun
+    return seconds
 
 
 def _start(lab: Lab, output: str) -> tuple[Any, Any]:
     """A child that runs into `output` and has loaded its models, and the place in memory where it says what it does."""
     place = FORKS.RawArray("c", 64)
-    place.value = LOADING.encode()
+    place.value = LOADING
     child = FORKS.Process(target=_run_and_tell, args=(lab.argv(output), place))
     child.start()
-    while place.value == LOADING.encode() and child.is_alive():
+    while place.value == LOADING and child.is_alive():
         time.sleep(0.002)
     return child, place
 
@@ -175,7 +179,10 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
         module.timed = told(module.timed, lambda seconds, name, device: name)
     for module in (files, video):
         module.atomic_path = told(module.atomic_path, file_of)
-    run_in_child(argv)
+    try:
+        run_in_child(argv)
+    finally:
+        place.value = ENDED
 
 
 def main() -> int:
