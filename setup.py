@@ -21,7 +21,8 @@ setup(
     package_data={
         "vidtta.recipes": ["*.yaml", "*.md", "clips/*"],
         "vidtta.engine": [
-            "models/embedded/*/*.json",
+            "models/embedded/*",
+            "models/embedded/*/*",
             "models/published_keys.json",
             "prepare/ucf101_captions.txt",
             "prepare/README.md",

@@ -14,9 +14,10 @@ import torch
 
 from ..engine.clip import encode_known
 from ..engine.data.clips import list_clips
-from ..engine.data.video import read_window, to_model
+from ..engine.data.read import read_clip
+from ..engine.data.video import to_model
 from ..engine.errors import UserError
-from ..engine.models.load import UNTRAINED, choose_device, load_vae
+from ..engine.models.load import choose_device, load_vae
 from ..engine.recipe import load_recipe
 
 
@@ -27,20 +28,15 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        vae, trained = load_vae(
-            recipe.model.vae, choose_device(recipe.model.device), getattr(torch, recipe.model.dtype)
-        )
+        vae = load_vae(recipe.model.vae, choose_device(recipe.model.device), getattr(torch, recipe.model.dtype))
         clips = list_clips(recipe.data, Path.cwd())
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
-    if not trained:
-        print(f"NOTE: {UNTRAINED}")
     window, distances = recipe.window, []
     for clip in clips:
         try:
-            frames = read_window(
-                clip.path,
-                start=clip.start,
+            frames = read_clip(
+                clip,
                 frames=window.total_frames,
                 fps=window.fps,
                 height=recipe.data.height,

@@ -76,6 +76,12 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from .compare import compare
+
+    return compare(args.runs)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -158,6 +164,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_recipe(validate)
     command("recipes", _recipes, "List the packaged recipes.", "")
     command("schema", _schema, "Print the JSON schema of a recipe, for editors.", " > recipe.schema.json")
+    compare = command(
+        "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
+    )
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
     prepare = command(

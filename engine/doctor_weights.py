@@ -60,8 +60,7 @@ def find_parts(source: str) -> dict[str, str]:
                 f"{root} holds two folders with a {LABELS[kind]}, {parts[kind]} and {folder}; name one of them"
             )
         if kind:
-            ruled = source == "embedded" and not any(folder.glob("*.safetensors*"))
-            parts[kind] = "embedded" if ruled else str(folder)
+            parts[kind] = str(folder)
     if not parts:
         raise UserError(
             f"{root} holds neither a transformer nor an autoencoder of Open-Sora v1.3; give a folder with config.json and "
@@ -109,7 +108,7 @@ def _lines(parts: dict[str, str]) -> Iterator[Line]:
 def _load(
     kind: str,
     source: str,
-    loader: Callable[[str, torch.device, torch.dtype], tuple[Model, bool]],
+    loader: Callable[[str, torch.device, torch.dtype], Model],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Generator[Line, None, tuple[Model | None, dict[str, Tensor]]]:
@@ -117,15 +116,11 @@ def _load(
     label, model, state = LABELS[kind], None, {}
     name = f"{label}: keys and shapes"
     try:
-        if source != "embedded":
-            # The same prefix that loading takes off.
-            state = {key.removeprefix("module."): value for key, value in open_state(Path(source)).items()}
-        model, trained = loader(source, device, dtype)
+        # The same prefix that loading takes off.
+        state = {key.removeprefix("module."): value for key, value in open_state(Path(source)).items()}
+        model = loader(source, device, dtype)
         count = sum(value.numel() for value in model.state_dict().values())
         yield Line("pass", name, f"{len(model.state_dict())} tensors, {count:,} numbers, {source}")
-        if not trained:
-            state = dict(model.state_dict())
-            yield Line("FAIL", f"{label}: trained", load.UNTRAINED)
     except UserError as error:
         yield Line("FAIL", name, str(error))
     if state:

@@ -57,6 +57,8 @@ class ScoreSettings:
 
     lpips: Literal["required", "allow_missing"] = "required"
     """required: refuse to start without LPIPS's weights; allow_missing: leave its column empty."""
+    flow: Literal["none", "farneback", "raft"] = "none"
+    """Optical flow for the warping and end-point errors: farneback runs on the CPU, raft needs `vidtta fetch raft`."""
 
 
 ArmName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]

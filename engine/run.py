@@ -16,18 +16,20 @@ from torch import Tensor
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
-from .data.video import read_window, to_model, to_uint8, write_video
+from .data.read import read_clip
+from .data.video import to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
-from .metrics.score import score_frames
+from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
+from .references import score_continuation
 from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
@@ -109,6 +111,8 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(
             f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty"
         )
+    if recipe.scores.flow != "none":
+        require_flow(recipe.scores.flow)
     models = load_models(recipe.model)
     lpips = LPIPS() if reason is None else None
     session = Session(
@@ -178,14 +182,7 @@ def read(session: Session, clip: Clip) -> Shown:
     """
     window, data = session.recipe.window, session.recipe.data
     content = clip_hash(clip)
-    frames = read_window(
-        clip.path,
-        start=clip.start,
-        frames=window.total_frames,
-        fps=window.fps,
-        height=data.height,
-        width=data.width,
-    )
+    frames = read_clip(clip, frames=window.total_frames, fps=window.fps, height=data.height, width=data.width)
     check_prepared(clip, frames, window.fps)
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
@@ -222,12 +219,13 @@ def run_clip(
     )
     seconds |= outcome.seconds
     with timed(seconds, "score", device):
-        first, last = window.scored.start, window.scored.stop
-        scores = score_frames(
-            outcome.pixels[:, first - window.generated.start : last - window.generated.start],
-            pixels[:, first:last],
+        scores = score_continuation(
+            outcome.pixels,
+            pixels,
+            window,
             lpips=session.lpips,
             lpips_reason=session.lpips_reason,
+            flow=session.recipe.scores.flow,
         )
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
@@ -239,6 +237,7 @@ def run_clip(
         "clip": clip.id,
         "arm": arm,
         **clip_settings(clip),
+        "meta": clip.meta,
         "marks": [*session.marks],
         "warnings": [*session.warnings],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},

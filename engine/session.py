@@ -136,8 +136,10 @@ class Session:
         return {"clip": contents[clip.id], "adapted_on": {one.id: contents[one.id] for one in used[-1:]}}
 
     def _complete(self, arm: str, clip: Clip, result: dict[str, Any]) -> bool:
-        """Whether a result holds all that the recipe now asks for: LPIPS where it can be had, and the files of `keep`."""
+        """Whether a result holds all that the recipe now asks for: LPIPS where it can be had, flow, and the files of `keep`."""
         if self.lpips is not None and result["scores"]["lpips"]["mean"] is None:
+            return False
+        if (flow := self.recipe.scores.flow) != "none" and f"flow_error_{flow}" not in result["scores"]:
             return False
         folder, adapts = self.directory.clip(arm, clip.id), self.arms[arm].method.kind != "none"
         files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
@@ -193,9 +195,12 @@ class Session:
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
         """Write the scores of the references for a clip, once for all arms."""
         path = self.directory.reference(clip.id)
-        key = sha256_json([self._vae_key(content), self.lpips_reason])
+        flow = self.recipe.scores.flow
+        key = sha256_json([self._vae_key(content), self.lpips_reason, flow])
         if (read_json(path) or {}).get("key") != key:
-            scores = reference_scores(self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason)
+            scores = reference_scores(
+                self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason, flow
+            )
             write_json(path, {"clip": clip.id, "key": key, "scores": scores})
 
     def _vae_key(self, content: str) -> str:

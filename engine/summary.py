@@ -11,15 +11,26 @@ from .errors import UserError
 from .files import write_text
 from .references import REFERENCES
 from .rundir import RunDirectory, read_json
+from .statistics import PairedDifference, paired_difference
+from .statistics.pairing import group_of
 from .window import Window
 
 SCORES = ("psnr", "ssim", "lpips", "mse")
+MOTION = (
+    "frame_psnr_error",
+    "frame_ssim_error",
+    "seam_error",
+    "chunk_seam_error",
+    *(f"{kind}_error_{flow}" for flow in ("farneback", "raft") for kind in ("warping", "flow")),
+)
 PHASES = ("read", "encode", "adapt", "sample", "decode", "score")
 COLUMNS = [
     "arm",
     "clip",
     "status",
+    "group",
     *SCORES,
+    *MOTION,
     *(f"{p}_seconds" for p in PHASES),
     "peak_memory_bytes",
     "steps",
@@ -45,7 +56,11 @@ def write_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -
 def _reference_row(directory: RunDirectory, name: str, clip_id: str) -> Row:
     found = read_json(directory.reference(clip_id))
     row: Row = {"arm": REFERENCES[name], "clip": clip_id, "status": "done" if found else "missing"}
-    return row | ({s: found["scores"][name][s]["mean"] for s in SCORES} if found else {})
+    return row | (_means(found["scores"][name]) if found else {})
+
+
+def _means(scores: dict[str, Any]) -> Row:
+    return {name: scores.get(name, {}).get("mean") for name in (*SCORES, *MOTION)}
 
 
 def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
@@ -57,8 +72,9 @@ def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
     seconds = result["cost"]["seconds"]
     return (
         row
+        | {"group": group_of(result)}
         | {"status": "done", "steps": result["adaptation"]["steps"], "marks": "; ".join(result["marks"])}
-        | {s: result["scores"][s]["mean"] for s in SCORES}
+        | _means(result["scores"])
         | {f"{p}_seconds": round(seconds[p], 4) for p in PHASES}
         | {"peak_memory_bytes": result["cost"]["peak_memory_bytes"]}
     )
@@ -101,8 +117,21 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
             mean("peak_memory_bytes", 2, 2**30),
         )
     console.print(table)
+    against = {arm: difference_to(rows, arms[0], arm, common) for arm in arms[1:]}
+    for arm, found in against.items():
+        console.print(f"{arm}: PSNR {found.text(2)} dB to {arms[0]}, better on {found.win_rate:.0%}", soft_wrap=True)
+    for warning in dict.fromkeys(found.warning for found in against.values() if found.warning):
+        console.print(f"NOTE: {warning}", soft_wrap=True)
     for mark in marks:
         console.print(f"NOTE: {mark}")
+
+
+def difference_to(rows: list[Row], baseline: str, arm: str, clips: set[str]) -> PairedDifference:
+    """The difference in PSNR between two arms on these clips, which both have finished."""
+    chosen = {(row["arm"], row["clip"]): row for row in rows if row["clip"] in clips}
+    ours, theirs = ([chosen[name, clip] for clip in sorted(clips)] for name in (arm, baseline))
+    groups = [row["group"] or row["clip"] for row in ours] if any(row["group"] for row in ours) else None
+    return paired_difference([row["psnr"] for row in ours], [row["psnr"] for row in theirs], groups)
 
 
 def write_comparisons(
@@ -133,11 +162,12 @@ def write_comparisons(
 
 
 def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window: Window, untrained: bool) -> None:
+    from .data.read import read_clip
     from .data.video import read_window, side_by_side, write_video
 
     frames, fps = window.total_frames, window.fps
     height, width = _size(next(iter(videos.values())))
-    columns = [("truth", read_window(clip.path, start=clip.start, frames=frames, fps=fps, height=height, width=width))]
+    columns = [("truth", read_clip(clip, frames=frames, fps=fps, height=height, width=width))]
     for arm, video in videos.items():
         columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
     write_video(target, side_by_side(columns, window.known_frames, "untrained" if untrained else ""), fps)

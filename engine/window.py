@@ -82,3 +82,8 @@ class Window:
     def generated(self) -> range:
         """Pixel frames that are decoded and shown: every one after the known frames, counted from 0."""
         return range(self.known_frames, self.total_frames)
+
+    @property
+    def chunk_seams(self) -> list[int]:
+        """First generated pixel frames of a chunk of the VAE, counted from 0 (33 of 45: frame 34 does not share 33's chunk)."""
+        return [frame for frame in range(STRIDE + 1, self.total_frames, STRIDE) if frame > self.known_frames]

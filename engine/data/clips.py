@@ -18,6 +18,7 @@ from .captions import caption_for, read_captions
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 EMBEDDED = "embedded:"
+WORLD, WORLD_CLIPS = "world:", 64
 SAFE_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 LONGEST_ID = 120  # results add to it, and file systems end at 255 bytes
 
@@ -27,7 +28,8 @@ class Data:
     """Which clips, and at which size. Relative paths are looked for in the working directory, then beside the recipe."""
 
     clips: str
-    """A folder with videos at any depth, or a .csv manifest; "embedded:NAME" is a folder or manifest that comes with vidtta."""
+    """A folder with videos at any depth, or a .csv manifest; "embedded:NAME" is a folder or manifest that comes with vidtta;
+    "world:DOMAIN/SPLIT" are clips made by code (familiar or shifted; training, tuning or test), 64 unless `limit` says more."""
 
     captions: str = ""
     """captions.txt with `name: caption` lines; clips that it does not name, or all without it, are described by their names."""
@@ -60,11 +62,14 @@ class Clip:
     id: str
     """Unique in its list and safe as a file name; depends on the clip's own name alone."""
     path: Path
+    """The video file; of a clip made by code, only what to call it."""
     caption: str
     start: float = 0.0
     """Seconds from the first picture."""
     meta: dict[str, str] = field(default_factory=dict, hash=False)
     """The manifest's other columns."""
+    world: tuple[str, str, int] | None = None
+    """Domain, split and index of a clip made by code; None for a file."""
 
 
 def list_clips(data: Data, base: Path) -> list[Clip]:
@@ -73,6 +78,8 @@ def list_clips(data: Data, base: Path) -> list[Clip]:
     A folder is listed in the byte order of relative paths (hidden files left out), a manifest in its own.
     Raises UserError for a list that is missing, empty or wrong, naming the file and the line.
     """
+    if data.clips.startswith(WORLD):
+        return _from_world(data)
     source = _locate("clips", data.clips, base)
     captions = read_captions(_locate("captions", data.captions, base)) if data.captions else {}
     if source.is_dir():
@@ -88,6 +95,10 @@ def list_clips(data: Data, base: Path) -> list[Clip]:
 
 def clip_hash(clip: Clip) -> str:
     """SHA-256 over the file's bytes and the start, in hexadecimal. Raises UserError when the file cannot be read."""
+    if clip.world:
+        from ..demo.world import VERSION
+
+        return sha256_json({"world": clip.world, "version": VERSION})
     try:
         return sha256_json({"file": sha256_file(clip.path), "start": float(clip.start)})
     except OSError as error:
@@ -108,6 +119,26 @@ def _locate(name: str, value: str, base: Path) -> Path:
             return place
     looked = " nor ".join(dict.fromkeys(map(str, places)))
     raise UserError(f"data.{name} is {value!r}, but there is no {looked}; give a path that exists")
+
+
+def _from_world(data: Data) -> list[Clip]:
+    """Clips of the small world, each described by the sentence that its scene gives."""
+    from ..demo.world import DOMAINS, SPLITS, build_scene, captions, clip_numbers
+
+    domain, _, split = data.clips.removeprefix(WORLD).partition("/")
+    if domain not in DOMAINS or split not in SPLITS:
+        raise UserError(
+            f"data.clips is {data.clips!r}; a world is {WORLD}DOMAIN/SPLIT with a domain of {', '.join(DOMAINS)} and a split of "
+            f"{', '.join(SPLITS)}"
+        )
+    if data.captions:
+        raise UserError(f"data.captions is {data.captions!r}, but {data.clips} describes its own clips; leave it out")
+    indices = range(data.limit or WORLD_CLIPS)
+    sentences = captions(build_scene(DOMAINS[domain], clip_numbers(domain, split, indices)))
+    return [
+        Clip(f"{domain}-{split}-{k:06d}", Path(f"{data.clips}/{k}"), sentence, world=(domain, split, k))
+        for k, sentence in zip(indices, sentences, strict=True)
+    ]
 
 
 def _from_folder(folder: Path, captions: dict[str, str]) -> list[Clip]:

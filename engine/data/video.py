@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ..errors import UserError
 from ..files import atomic_path
+from ..opencv import import_cv2
 from .decode import Limits, open_pictures, pictures, rounding, upright
 
 LIMITS = Limits()
@@ -142,11 +143,7 @@ def side_by_side(columns: list[tuple[str, Tensor]], seam: int | None = None, not
 
 def _bar(label: str, mark: str, width: int) -> Tensor:
     """The label over the mark on a dark strip; uint8 [3, 40, width]."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise UserError(f"labels need cv2, which does not import ({error}); install opencv-python-headless") from error
-
+    cv2 = import_cv2("a label")
     bar_HW3 = np.full((40, width, 3), 24, dtype=np.uint8)
     colour = (255, 190, 90) if mark.startswith("continued") else (150, 210, 150)
     for text, size, baseline, ink in ((label, 0.5, 16, (255, 255, 255)), (mark, 0.4, 33, colour)):

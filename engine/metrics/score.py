@@ -1,14 +1,17 @@
-"""All image measures of one clip, as they go into its result file."""
+"""All measures of one clip, as they go into its result file."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .frames import check_pair
 from .lpips import LPIPS
+from .optical_flow import FLOWS, FlowName, end_point_error
 from .psnr import mse, psnr
+from .seam import compute_seam_jump
 from .ssim import ssim
+from .temporal import frame_changes, warping
 
 
 @torch.no_grad()
@@ -38,3 +41,30 @@ def score_frames(
     if lpips is None:
         scores["lpips"] = {"mean": None, "frames": None, "reason": lpips_reason}
     return scores
+
+
+@torch.no_grad()
+def score_motion(
+    pred_CFHW: Tensor, truth_CFHW: Tensor, *, chunk_seams: list[int], flow: FlowName | Literal["none"]
+) -> dict[str, dict[str, float]]:
+    """Return how a clip moves beside the truth, {name: {"mean": error, "pred": float, "truth": float}}, ready for JSON; less is better.
+
+    Both videos are [3, F, H, W] in [-1, 1]: the last known frame, the same in both, then the generated ones. chunk_seams:
+    first frames after a seam of the VAE's chunks, counted from the last known one, which is 0. Names: frame_psnr_error, frame_ssim_error,
+    seam_error (known to generated), chunk_seam_error (mean over the seams, left out where there is none), and with a
+    flow warping_error_<flow> and flow_error_<flow> (whose pred and truth are mean speeds in pixels a frame).
+    """
+    found = {f"{name}_error": change for name, change in frame_changes(pred_CFHW, truth_CFHW).items()}
+    found["seam_error"] = compute_seam_jump(pred_CFHW, truth_CFHW, 1)
+    if chunk_seams:
+        jumps = [compute_seam_jump(pred_CFHW, truth_CFHW, seam) for seam in chunk_seams]
+        found["chunk_seam_error"] = {key: sum(jump[key] for jump in jumps) / len(jumps) for key in jumps[0]}
+    if flow != "none":
+        pred_flow, truth_flow = FLOWS[flow](pred_CFHW), FLOWS[flow](truth_CFHW)
+        found[f"warping_error_{flow}"] = warping(pred_CFHW, truth_CFHW, truth_flow)
+        found[f"flow_error_{flow}"] = {
+            "pred": pred_flow.norm(dim=1).mean().item(),
+            "truth": truth_flow.norm(dim=1).mean().item(),
+            "error": end_point_error(pred_flow, truth_flow).mean().item(),
+        }
+    return {name: {"mean": f["error"], "pred": f["pred"], "truth": f["truth"]} for name, f in found.items()}

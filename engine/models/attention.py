@@ -1,6 +1,7 @@
 """Self-attention inside a frame or a window, and cross-attention to text. Plain PyTorch; the reference for faster paths."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,18 @@ class TextStates:
     values: tuple[Tensor, ...]
     mask: Tensor | None
 
+    def at(self, layer: int) -> "LayerText":
+        """What one layer sees."""
+        return LayerText(self.keys[layer], self.values[layer], self.mask)
+
+
+class LayerText(NamedTuple):
+    """Keys and values of a caption for one layer, [B, L, H, d], and the mask of `TextStates`."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
 
 class CrossAttention(nn.Module):
     """Every token attends to its sample's caption; no norm of queries and keys, no rotary embedding."""
@@ -124,16 +137,14 @@ class CrossAttention(nn.Module):
         k, v = self.kv_linear(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k, v
 
-    def forward(
-        self, x_BND: Tensor, layer: int, text: TextStates, known_text: TextStates | None, geometry: Geometry
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, text: LayerText, known_text: LayerText | None, geometry: Geometry) -> Tensor:
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         if known_text is None or geometry.known == 0:
-            out = attend(q, text.keys[layer], text.values[layer], text.mask)
+            out = attend(q, text.keys, text.values, text.mask)
         else:
             split = geometry.known_tokens
-            k, v = (t[layer].expand(q.shape[0], -1, -1, -1) for t in (known_text.keys, known_text.values))
+            k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (known_text.keys, known_text.values))
             known = attend(q[:, :split], k, v, known_text.mask)
-            rest = attend(q[:, split:], text.keys[layer], text.values[layer], text.mask)
+            rest = attend(q[:, split:], text.keys, text.values, text.mask)
             out = torch.cat([known, rest], dim=1)
         return self.proj(out.flatten(2))

@@ -1,7 +1,6 @@
 """The models of a recipe: where their weights come from, checked and put on the device.
 
-`embedded` names the small models that ship with the package. Until trained weights lie beside their config.json they are
-filled by a fixed rule: the whole path runs on them, but what they generate means nothing, so a recipe must allow it.
+`embedded` names the small models that ship with the package, trained on a world made by code (see the README beside them).
 """
 
 import os
@@ -15,13 +14,12 @@ from torch import nn
 
 from ..determinism import make_deterministic
 from ..errors import UserError
+from ..text.encoder import embedded_table, is_embedded, trained_width
 from .checkpoint import load_strict, open_state, read_config, resolve_source, state_hash
-from .rule_weights import fill_by_rule
 from .stdit3 import STDiT3, STDiT3Config
 from .vae import VAE, VAEConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
-UNTRAINED = "untrained weights: filled by a fixed rule, so scores say nothing about any method"
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,33 +72,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_dit(source: str, device: torch.device, dtype: torch.dtype) -> tuple[STDiT3, bool]:
-    """The transformer of a directory, hub id or `embedded`, and whether its weights were trained."""
+def load_dit(source: str, device: torch.device, dtype: torch.dtype) -> STDiT3:
+    """The transformer of a directory, hub id or `embedded`."""
     return _load(source, "dit", lambda config: STDiT3(STDiT3Config.from_dict(config)), device, dtype)
 
 
-def load_vae(source: str, device: torch.device, dtype: torch.dtype) -> tuple[VAE, bool]:
-    """The autoencoder of a directory, hub id or `embedded`, and whether its weights were trained."""
+def load_vae(source: str, device: torch.device, dtype: torch.dtype) -> VAE:
+    """The autoencoder of a directory, hub id or `embedded`."""
     return _load(source, "vae", lambda config: VAE(VAEConfig.from_dict(config)), device, dtype)
 
 
-def _load(
-    source: str, kind: str, build: Callable[[dict], Model], device: torch.device, dtype: torch.dtype
-) -> tuple[Model, bool]:
+def _load(source: str, kind: str, build: Callable[[dict], Model], device: torch.device, dtype: torch.dtype) -> Model:
     path = EMBEDDED / kind if source == "embedded" else resolve_source(source, "vidtta fetch opensora")
     folder = path if path.is_dir() else path.parent  # beside a single file of weights lies its config.json
     config = read_config(folder)
-    trained = source != "embedded" or any(path.glob("*.safetensors*"))
     try:
-        with torch.device("meta" if trained else "cpu"):  # no time and memory for numbers that are loaded over
+        with torch.device("meta"):  # no time and memory for numbers that are loaded over
             model = build(config).to(dtype)  # before the weights, which are checked in the dtype that they get
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
-    if trained:
-        load_strict(model, open_state(path), str(path))
-    else:
-        fill_by_rule(model)
-    return model.to(device).eval().requires_grad_(False), trained
+    load_strict(model, open_state(path), str(path))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def check_conditioning(dit: STDiT3, source: str) -> None:
@@ -121,22 +113,14 @@ def load_models(settings: ModelSettings) -> Models:
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Some virtual machines announce AMX and kill a program that uses it; oneDNN then takes AVX-512 or less.
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-    dit, dit_trained = load_dit(settings.dit, device, dtype)
-    vae, vae_trained = load_vae(settings.vae, device, dtype)
+    dit, vae = load_dit(settings.dit, device, dtype), load_vae(settings.vae, device, dtype)
     check_conditioning(dit, settings.dit)
     marks = ()
-    if not (dit_trained and vae_trained):
+    if is_embedded(settings.text) and embedded_table(settings.text, dit.config.caption_channels) is None:
         if not settings.allow_untrained:
             raise UserError(
-                "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true to run the "
-                "path on them all the same, or name trained weights"
-            )
-        marks = (UNTRAINED,)
-    elif settings.text == "embedded":
-        if not settings.allow_untrained:
-            raise UserError(
-                "model.text is embedded, whose table of words is not trained; set model.allow_untrained=true to run on it all "
-                "the same, or name a T5 encoder"
+                f"model.text is embedded, whose table of words was trained for {trained_width()} channels and this transformer takes "
+                f"{dit.config.caption_channels}; set model.allow_untrained=true to run on an untrained table, or name a T5 encoder"
             )
         marks = ("untrained text: captions are looked up in a table filled by a fixed rule",)
     return Models(dit, vae, {"dit": state_hash(dit), "vae": state_hash(vae)}, marks)

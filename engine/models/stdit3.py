@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CrossAttention, SelfAttention, TextStates
+from .attention import CrossAttention, LayerText, SelfAttention, TextStates
 from .geometry import Geometry, build_geometry
 from .rope import Rope
 
@@ -146,16 +146,15 @@ class Layer(nn.Module):
         self,
         x_BND: Tensor,
         modulation_B6D: Tensor,
-        index: int,
-        text: TextStates,
-        known_text: TextStates | None,
+        text: LayerText,
+        known_text: LayerText | None,
         geometry: Geometry,
     ) -> Tensor:
         vectors = (self.scale_shift_table + modulation_B6D).unsqueeze(2).unbind(1)  # each [B, 1, D]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors
         x = x_BND
         x = x + gate_a * self.attn(layer_norm(x) * (1 + scale_a) + shift_a, geometry)
-        x = x + self.cross_attn(x, index, text, known_text, geometry)
+        x = x + self.cross_attn(x, text, known_text, geometry)
         return x + gate_m * self.mlp(layer_norm(x) * (1 + scale_m) + shift_m)
 
 
@@ -301,7 +300,8 @@ class STDiT3(nn.Module):
         """The state after layers start .. stop - 1 (all by default)."""
         tokens = state.tokens
         for index, layer in list(enumerate(self.layers))[start:stop]:
-            tokens = layer(tokens, state.modulation, index, text, known_text, geometry)
+            known = None if known_text is None else known_text.at(index)
+            tokens = layer(tokens, state.modulation, text.at(index), known, geometry)
         return state._replace(tokens=tokens)
 
     def head(self, state: Embedded, geometry: Geometry) -> Tensor:

@@ -194,7 +194,7 @@ class VAE(nn.Module):
         if generator is not None:
             eps_BCThw = torch.randn(z_BCThw.shape, generator=generator, dtype=torch.float32, device=generator.device)
             z_BCThw = z_BCThw + torch.exp(0.5 * logvar_BCThw) * eps_BCThw.to(z_BCThw)
-        mean_C111, std_C111 = _latent_stats(z_BCThw.device)
+        mean_C111, std_C111 = latent_stats(z_BCThw.device)
         return ((z_BCThw - mean_C111) / std_C111).to(self.dtype)
 
     def decode(self, latents_BCThw: Tensor, frames: range | None = None) -> Tensor:
@@ -212,7 +212,7 @@ class VAE(nn.Module):
         if frames.step != 1 or not 0 <= frames.start < frames.stop <= total:
             raise ValueError(f"VAE: frames is {frames}; it must be a range with step 1 inside range(0, {total}).")
 
-        mean_C111, std_C111 = _latent_stats(latents_BCThw.device)
+        mean_C111, std_C111 = latent_stats(latents_BCThw.device)
         chunks = (latents_BCThw * std_C111 + mean_C111).to(self.dtype).split(CHUNK_LATENTS, dim=2)
         # Chunk i holds pixel frames 16i to 16i + 16; the first is averaged with the last of the chunk before.
         first = max(frames.start - 1, 0) // STRIDE
@@ -230,7 +230,7 @@ def _each_sample(coder: nn.Module, chunk_BCTHW: Tensor) -> Tensor:
     return torch.cat([coder(sample_1CTHW) for sample_1CTHW in chunk_BCTHW.split(1)])
 
 
-def _latent_stats(device: torch.device) -> tuple[Tensor, Tensor]:
+def latent_stats(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents, each [16, 1, 1, 1]; float32, which promotes what they meet."""
     mean_C, std_C = torch.tensor((LATENT_MEAN, LATENT_STD), dtype=torch.float32, device=device)
     return mean_C.view(-1, 1, 1, 1), std_C.view(-1, 1, 1, 1)

@@ -22,7 +22,7 @@ def text_key(source: str, *, channels: int, max_length: int, dtype: torch.dtype)
     the libraries count. Raises UserError where files are missing.
     """
     if is_embedded(source):
-        table = embedded_table(source)
+        table = embedded_table(source, channels)
         identity = "embedded-1" + (f":{sha256_file(table)}" if table else "")
     else:
         files = find_t5_files(source)

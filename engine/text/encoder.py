@@ -13,7 +13,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from ..torchvision_ops import declare_missing_operators
 from .t5_files import DEFAULT_T5, find_t5_files
 
 TABLE_ROWS = 1024  # of the embedded text's table, without the end token's
+TRAINED_TABLE = Path(__file__).parents[1] / "models" / "embedded" / "text" / "table.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,12 @@ class T5Text:
             torch.cuda.empty_cache()
 
 
+def word_rows(prompt: str, max_length: int) -> list[int]:
+    """The rows of the table that a prompt means: crc32(word) mod 1024 for each of its words, and the end token's row, the last."""
+    words = re.findall("[a-z0-9']+", prompt.lower())[: max_length - 1]
+    return [crc32(word.encode()) % TABLE_ROWS for word in words] + [TABLE_ROWS]
+
+
 class EmbeddedText:
     """A stand-in for T5 in the embedded default: one table row a word. **Untrained** unless a trained table is given.
 
@@ -154,21 +161,29 @@ class EmbeddedText:
         return _encode_distinct(self._encode_one, prompts, progress)
 
     def _encode_one(self, prompt: str) -> Tensor:
-        words = re.findall("[a-z0-9']+", prompt.lower())[: self._max_length - 1]
-        return self._table_RC[[crc32(word.encode()) % TABLE_ROWS for word in words] + [TABLE_ROWS]]
+        return self._table_RC[word_rows(prompt, self._max_length)]
 
     def close(self) -> None:
         """Nothing to free: the table is small and on the CPU."""
 
 
-def embedded_table(source: str) -> Path | None:
-    """The PATH of "embedded:PATH", None for "embedded". Raises UserError where there is no such file."""
+def embedded_table(source: str, channels: int) -> Path | None:
+    """The PATH of "embedded:PATH"; of "embedded" the trained table of the package, or None where the model takes another width.
+
+    Raises UserError where there is no such file.
+    """
     if source == "embedded":
-        return None
+        return TRAINED_TABLE if channels == trained_width() else None
     path = Path(source.removeprefix("embedded:")).expanduser()
     if not path.is_file():
         raise UserError(f"text encoder {source}: there is no such file; give a safetensors file, or embedded alone")
     return path
+
+
+def trained_width() -> int:
+    """Channels of the package's trained table."""
+    with safe_open(TRAINED_TABLE, framework="pt") as file:
+        return file.get_slice("table").get_shape()[1]
 
 
 def is_embedded(source: str) -> bool:
@@ -178,7 +193,7 @@ def is_embedded(source: str) -> bool:
 
 def _read_table(path: Path, channels: int) -> Tensor:
     try:
-        table_RC = load_file(path)["table"]
+        table_RC = load_file(path)["table"].float()
     except (SafetensorError, KeyError) as error:
         raise UserError(
             f'text encoder embedded:{path}: not a safetensors file with a tensor "table" ({error})'
@@ -194,12 +209,12 @@ def _read_table(path: Path, channels: int) -> Tensor:
 def load_text_encoder(
     source: str, *, channels: int, max_length: int, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
-    """The encoder that a recipe names: "embedded", "embedded:PATH" (a trained table), or a T5 directory or hub id.
+    """The encoder that a recipe names: "embedded" (the package's table, see `embedded_table`), "embedded:PATH", a T5 directory or hub id.
 
     channels: the width C that the transformer takes. Raises UserError where the encoder's width differs.
     """
     if is_embedded(source):
-        return EmbeddedText(channels, max_length, dtype, embedded_table(source))
+        return EmbeddedText(channels, max_length, dtype, embedded_table(source, channels))
     width = read_config(find_t5_files(source).folder).get("d_model")
     if width != channels:
         raise UserError(f"text encoder {source}: its width is {width}; this model takes {channels}")

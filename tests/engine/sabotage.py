@@ -36,7 +36,7 @@ CPU, FLOAT32 = torch.device("cpu"), torch.float32
 
 def _train(lab: Lab, steps: int = 120) -> None:
     """A network that beats predicting zero on the lab's clips, beside the untrained one."""
-    dit, vae = load_dit(str(lab.root / "dit"), CPU, FLOAT32)[0], load_vae(str(lab.root / "vae"), CPU, FLOAT32)[0]
+    dit, vae = load_dit(str(lab.root / "dit"), CPU, FLOAT32), load_vae(str(lab.root / "vae"), CPU, FLOAT32)
     window = Window(total_frames=TOTAL, known_frames=KNOWN, model_frames=33)
     pixels = [lab.frames(name, TOTAL).transpose(0, 1) / 127.5 - 1 for name in CLIPS]
     latents = [clip_module.encode_known(vae, one, window) for one in pixels]

@@ -148,15 +148,15 @@ def test_known_tokens_attend_to_the_null_caption():
     prompt, null = text(8, 2, mask), text(10, 2, mask)
     geometry = tables(3, (4, 4), (2,))  # 3 frames of 4 tokens, one known, listed first
     x = noise(12, 2, 12, 12)
-    out = layer(x, 1, prompt, null, geometry)
+    out = layer(x, prompt.at(1), null.at(1), geometry)
 
     q = layer.q_linear(x).unflatten(-1, (2, -1))
     of_null = layer.proj(written_out(q, null.keys[1], null.values[1], mask).flatten(2))
     of_prompt = layer.proj(written_out(q, prompt.keys[1], prompt.values[1], mask).flatten(2))
     torch.testing.assert_close(out[:, :4], of_null[:, :4], rtol=0, atol=1e-12)
     torch.testing.assert_close(out[:, 4:], of_prompt[:, 4:], rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer(x, 1, prompt, None, geometry), of_prompt, rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer(x, 1, prompt, null, tables(3, (4, 4))), of_prompt, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x, prompt.at(1), None, geometry), of_prompt, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x, prompt.at(1), null.at(1), tables(3, (4, 4))), of_prompt, rtol=0, atol=1e-12)
 
 
 def test_one_row_of_null_serves_a_batch():
@@ -165,4 +165,4 @@ def test_one_row_of_null_serves_a_batch():
     prompt, null = text(8, 3), text(10, 1)
     three = TextStates(*(tuple(t.expand(3, -1, -1, -1) for t in side) for side in (null.keys, null.values)), None)
     x, geometry = noise(12, 3, 12, 12), tables(3, (4, 4), (0,))
-    assert torch.equal(layer(x, 0, prompt, null, geometry), layer(x, 0, prompt, three, geometry))
+    assert torch.equal(layer(x, prompt.at(0), null.at(0), geometry), layer(x, prompt.at(0), three.at(0), geometry))

@@ -61,6 +61,7 @@ def refused(capsys, *argv):
         (["run", "lora", "seed"], 2),
         (["run", "lora", "--batch-start", "3", "--batch-end", "3"], 2),
         (["fetch", "everything"], 2),
+        (["compare"], 2),
         (["prepare", "--help"], 0),
         (["prepare", "ucf101", "--help"], 0),
         (["prepare", "ucf101", "--out", "o"], 2),

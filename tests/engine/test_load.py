@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vidtta.engine.errors import UserError
 from vidtta.engine.models.checkpoint import state_hash
-from vidtta.engine.models.load import UNTRAINED, ModelSettings, choose_device, load_models
+from vidtta.engine.models.load import ModelSettings, choose_device, load_models
 
 from .tiny_run import tiny_lab
 
@@ -75,16 +75,22 @@ def test_float32_is_not_tf32(settings):
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore[attr-defined]
 
 
-def test_embedded_weights_need_leave_and_leave_a_mark(settings):
-    embedded = replace(settings, dit="embedded")
-    assert refusal(embedded) == (
-        "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true to run the "
-        "path on them all the same, or name trained weights"
+def test_embedded_models_are_trained_and_need_no_leave(settings):
+    models = load_models(replace(settings, dit="embedded", vae="embedded", text="embedded"))
+    assert models.marks == ()
+    assert models.dit.config.hidden_size == 216
+    assert models.dit.final_layer.linear.weight.norm() > 1  # it starts at zero
+
+
+def test_the_embedded_text_fits_the_embedded_transformer_alone(settings):
+    other = replace(settings, text="embedded")
+    assert refusal(other) == (
+        "model.text is embedded, whose table of words was trained for 64 channels and this transformer takes 16; set "
+        "model.allow_untrained=true to run on an untrained table, or name a T5 encoder"
     )
-    models = load_models(replace(embedded, allow_untrained=True))
-    assert models.marks == (UNTRAINED,)
-    assert models.dit.config.hidden_size == 144
-    assert load_models(replace(settings, allow_untrained=True)).marks == ()
+    assert load_models(replace(other, allow_untrained=True)).marks == (
+        "untrained text: captions are looked up in a table filled by a fixed rule",
+    )
 
 
 def test_weights_that_do_not_fit(settings, tmp_path):

@@ -13,7 +13,7 @@ from vidtta.engine import run as run_module
 from vidtta.engine import session as session_module
 from vidtta.engine.data.video import read_window, to_model
 from vidtta.engine.environment import describe_code
-from vidtta.engine.metrics.score import score_frames
+from vidtta.engine.metrics.score import score_frames, score_motion
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.models.load import load_dit, load_vae
 from vidtta.engine.recipe import load_recipe
@@ -45,7 +45,7 @@ def first(lab):
 
 
 def vae_of(lab):
-    return load_vae(str(lab.root / "vae"), CPU, torch.float32)[0]
+    return load_vae(str(lab.root / "vae"), CPU, torch.float32)
 
 
 def psnr_by_hand(pred, truth):
@@ -68,7 +68,20 @@ def statuses(lab, output):
 def test_a_result_says_what_was_done(lab, first):
     result = lab.result("first", "full", "ball")
     assert list(result) == [
-        *("clip", "arm", "caption", "start", "marks", "warnings", "keys", "settings", "seeds", "window", "paths"),
+        *(
+            "clip",
+            "arm",
+            "caption",
+            "start",
+            "meta",
+            "marks",
+            "warnings",
+            "keys",
+            "settings",
+            "seeds",
+            "window",
+            "paths",
+        ),
         *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost"),
     ]
     named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
@@ -136,7 +149,7 @@ def test_keys_tell_what_may_be_compared(lab, first):
     assert full["settings"]["adaptation"]["context_latents"] == 2
     assert baseline["settings"]["method"] == {"kind": "none"}
     assert "adaptation" not in baseline["settings"]
-    weights = {"dit": load_dit(str(lab.root / "dit"), CPU, torch.float32)[0], "vae": vae_of(lab)}
+    weights = {"dit": load_dit(str(lab.root / "dit"), CPU, torch.float32), "vae": vae_of(lab)}
     assert full["settings"]["protocol"]["weights"] == {name: state_hash(model) for name, model in weights.items()}
 
 
@@ -149,7 +162,10 @@ def test_scores_are_of_the_decoded_tensors_and_not_of_the_file(lab, first, arm, 
     pixels = vae_of(lab).decode(latents, range(KNOWN, TOTAL))[0].float()
     truth = to_model(lab.frames(clip))[:, KNOWN:]
     scores = lab.result("first", arm, clip)["scores"]
-    assert scores == score_frames(pixels, truth, lpips=None, lpips_reason=scores["lpips"]["reason"])
+    assert scores | score_frames(pixels, truth, lpips=None, lpips_reason=scores["lpips"]["reason"]) == scores
+    last = to_model(lab.frames(clip))[:, KNOWN - 1 : KNOWN]
+    moving = score_motion(torch.cat([last, pixels], 1), torch.cat([last, truth], 1), chunk_seams=[], flow="none")
+    assert scores | moving == scores and "seam_error" in moving
     unit = (pixels.clamp(-1, 1).transpose(0, 1).numpy() + 1) / 2 * 255
     by_hand = psnr_by_hand(unit, lab.frames(clip)[KNOWN:].numpy())
     assert scores["psnr"]["frames"] == pytest.approx(by_hand, abs=1e-4)
@@ -228,6 +244,21 @@ def test_what_keep_names_and_nothing_more(lab, first):
     assert not (lab.root / "keep nothing/comparisons").exists()
 
 
+def test_optical_flow_asked_for_later_is_added_and_raft_without_weights_refused(lab, tmp_path, monkeypatch, capsys):
+    def scores(*words):
+        assert lab.run("flow", "data.limit=1", *words, arms={"baseline": {"kind": "none"}}, adaptation=None) == 0
+        references = lab.read("flow", "shared", "references", "ball.json")["scores"]
+        return [lab.result("flow", "baseline", "ball")["scores"], *references.values()]
+
+    assert not any("flow_error_farneback" in found for found in scores())
+    for found in scores("scores.flow=farneback"):
+        assert found["flow_error_farneback"]["mean"] > 0 and found["warping_error_farneback"]["mean"] > 0
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    assert lab.run("raft", "scores.flow=raft") == 2
+    assert "is missing; run `vidtta fetch raft`" in capsys.readouterr().err
+
+
 def test_files_may_be_read_by_others(first):
     """As any new file here; safetensors of its own accord writes for the owner alone."""
     plain = first / "plain.txt"
@@ -257,7 +288,7 @@ def test_scores_begin_where_the_window_says(lab):
     pixels = vae_of(lab).decode(latents)[0, :, 15:18].float()
     scores = lab.result("window", "baseline", "ball")["scores"]
     truth = to_model(lab.frames("ball", 18))[:, 15:]
-    assert scores == score_frames(pixels, truth, lpips=None, lpips_reason=scores["lpips"]["reason"])
+    assert scores | score_frames(pixels, truth, lpips=None, lpips_reason=scores["lpips"]["reason"]) == scores
     held = lab.read("window", "shared", "references", "ball.json")["scores"]["copy_last_frame"]
     frames = lab.frames("ball", 18).numpy()
     assert held["psnr"]["frames"] == pytest.approx(

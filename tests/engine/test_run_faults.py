@@ -123,8 +123,8 @@ def test_what_concerns_the_whole_run_is_said_before_the_first_clip(lab, capsys):
     assert refused(lab, capsys, arms={"delta": DELTA, "late": {**lora, "rank": 4, "last_layers": 3}}) == (
         "arm late: last_layers must be at most 2 for this network, was 3"
     )
-    assert refused(lab, capsys, model={**model, "dit": "embedded"}).startswith(
-        "model.dit or model.vae is embedded, whose weights are not trained; set model.allow_untrained=true"
+    assert refused(lab, capsys, model={**model, "allow_untrained": False}).startswith(
+        "model.text is embedded, whose table of words was trained for 64 channels and this transformer takes 16; set "
     )
     assert refused(lab, capsys, "data.limit=1", placebos=["delta"]) == (
         "placebos needs a second clip to adapt on, and data.clips has 1; leave placebos out"

@@ -40,6 +40,7 @@ def add_result(directory, arm, clip, psnr, adapt=1.0, memory=2**30):
         {
             "scores": scores(psnr),
             "marks": ["untrained", "other"],
+            "meta": {"class": "Biking", "group": "3"},
             "adaptation": {"steps": 7},
             "cost": {"seconds": seconds, "peak_memory_bytes": memory},
         },
@@ -85,6 +86,7 @@ def test_a_row_for_each_clip_of_each_arm_and_reference(directory, clips, partly)
     full = table[6]
     assert (full["ssim"], full["mse"], full["steps"]) == ("0.24", "0.024", "7")
     assert (full["adapt_seconds"], full["read_seconds"], full["peak_memory_bytes"]) == ("3.0", "0.1235", "1610612736")
+    assert [row["group"] for row in table[4:8]] == ["Biking/3", "Biking/3", "Biking/3", ""]
     assert full["marks"] == "untrained; other"
     assert table[7]["reason"] == 'too short, says "x"'
     assert [row["psnr"] for row in rows if row["arm"] == "baseline"] == [21.0, 31.0]
@@ -101,14 +103,18 @@ def test_the_table_compares_the_same_clips_in_every_row(directory, clips, partly
         ["baseline", "21.00", "0.2100", "-", "1.00", "0.12", "1.00"],
         ["full", "24.00", "0.2400", "-", "3.00", "0.12", "1.50"],
     ]
-    assert said.rstrip().endswith("NOTE: untrained weights")
+    assert said.splitlines()[-3:] == [
+        "full: PSNR +3.00 dB to baseline, better on 100%",
+        "NOTE: only one independent group, so there is no interval",
+        "NOTE: untrained weights",
+    ]
 
     add_result(directory, "full", clips[1], 26.0)
     print_summary(write_summary(directory, clips, ARMS), ARMS, ())
     said = capsys.readouterr().out
     assert "every arm finished: 2" in said
     assert "│ full            │ 25.00 " in said
-    assert "NOTE" not in said
+    assert "full: PSNR -1.00 dB to baseline, better on 50%" in said
 
 
 def test_nothing_in_common_is_said(directory, clips, capsys):

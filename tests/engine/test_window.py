@@ -106,3 +106,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refuses_an_impossible_window(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Window(**changes)
+
+
+@pytest.mark.parametrize(
+    ("known", "total", "model", "seams"),
+    [(22, 45, 49, [33]), (16, 45, 49, [17, 33]), (33, 45, 49, []), (3, 17, 17, [])],
+)
+def test_chunk_seams_are_the_first_generated_frames_of_a_chunk(known: int, total: int, model: int, seams: list[int]):
+    assert Window(known_frames=known, total_frames=total, model_frames=model).chunk_seams == seams

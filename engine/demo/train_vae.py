@@ -1,0 +1,79 @@
+"""Training of the small autoencoder: chunks of the familiar world in, the same chunks out.
+
+Loss: a Huber error of the pixels (quadratic up to 0.05), a weak KL divergence to the standard normal, so that the decoder bears the
+noise that sampling leaves, and the latents' mean and spread a channel held at the constants of v1.3's normalisation, so that the
+transformer meets latents near N(0, 1). Half of the clips are recoloured at random: the palettes of other worlds must pass too.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.vae import CHUNK_FRAMES, VAE, latent_stats
+from ..seeds import generator_for
+from .training import Cards, Plan, Trainer
+from .world import DOMAINS, build_scene, clip_numbers, render
+
+HEIGHT, WIDTH, FPS = 96, 128, 24
+KL_WEIGHT = 2e-3
+MOMENT_WEIGHT = 0.05
+LENGTHS = (CHUNK_FRAMES, CHUNK_FRAMES, CHUNK_FRAMES, 5)
+"""Frames of a chunk, in turn by step: whole ones, and the part of a chunk that known frames leave."""
+
+
+def chunks(plan: Plan, cards: Cards) -> Iterator[Tensor]:
+    """Batches of chunks, float32 [B, 3, n, H, W] in [-1, 1], endless."""
+    for step in count():
+        first = (step * cards.count + cards.rank) * plan.batch
+        numbers = clip_numbers("familiar", "training", range(first, first + plan.batch)).to(cards.device)
+        start = torch.rand((), generator=generator_for(0, "vae", "start", first)).item() * 32 / FPS
+        time = start + torch.arange(LENGTHS[step % len(LENGTHS)]) / FPS
+        yield recolour(render(build_scene(DOMAINS["familiar"], numbers), time, HEIGHT, WIDTH), first)
+
+
+def recolour(pixels_BCFHW: Tensor, seed: int) -> Tensor:
+    """Mix the colour channels of every second clip by a random matrix with rows that sum to one, and shift its brightness."""
+    generator = generator_for(0, "vae", "colour", seed)
+    half = pixels_BCFHW[::2]
+    mix = torch.eye(3) + 0.5 * torch.randn(len(half), 3, 3, generator=generator)
+    mix = mix / mix.sum(-1, keepdim=True).clamp(min=0.5)
+    shift = 0.3 * torch.randn(len(half), 1, 1, 1, 1, generator=generator)
+    mixed = torch.einsum("bij,bj...->bi...", mix.to(half), half) + shift.to(half)
+    pixels_BCFHW[::2] = mixed.clamp(-1, 1)
+    return pixels_BCFHW
+
+
+def vae_loss(vae: VAE, pixels_BCFHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the mean squared error of the pixels for the log."""
+    mean, logvar = vae.encoder(pixels_BCFHW).float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    rebuilt = vae.decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)).float()
+    error = rebuilt - pixels_BCFHW
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    centre, spread = latent_stats(mean.device)
+    normal = ((mean - centre) / spread).transpose(0, 1).flatten(1)
+    moments = normal.mean(1).square().mean() + (normal.std(1) - 1).square().mean()
+    huber = F.smooth_l1_loss(rebuilt, pixels_BCFHW, beta=0.05)
+    return huber + KL_WEIGHT * kl + MOMENT_WEIGHT * moments, error.detach().square().mean()
+
+
+def train_vae(vae: VAE, plan: Plan, cards: Cards, log: Callable[[int, dict[str, float]], None]) -> None:
+    """Train in place; afterwards the weights are the running average. log(step, figures) every 50 steps or so."""
+    vae.requires_grad_(True).train()
+    # Compiling takes a minute a length, so only whole chunks are worth it.
+    fast = torch.compile(vae_loss, dynamic=False) if cards.device.type == "cuda" else vae_loss
+    trainer, more = Trainer(vae.parameters(), plan, cards), True
+    for pixels in chunks(plan, cards):
+        whole = pixels.shape[2] == CHUNK_FRAMES
+        with cards.autocast():
+            loss, error = (fast if whole else vae_loss)(vae, pixels)
+        more = trainer.step(loss)
+        if trainer.taken % 50 == 1 or not more:
+            log(trainer.taken, {"loss": loss.item(), "psnr_db": 10 * torch.log10(4 / error).item()})
+        if not more:
+            break
+    trainer.take_averages()
+    vae.requires_grad_(False).eval()

@@ -1,0 +1,124 @@
+"""What the trainings of the autoencoder and the transformer share: cards, the optimizer's step, and weight files.
+
+float32 weights compute in bfloat16 under autocast, so the optimizer moves float32 masters. With torchrun, one process a card takes
+its share of every batch and gradients are averaged; the weights then stay equal on all of them.
+"""
+
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PIECE_BYTES = 16_000_000
+"""Largest weight file; below 16 MiB."""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The processes of one training. rank: of this one; count: of all; device: this one's."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> "Cards":
+        """This process among those that torchrun started, or alone."""
+        rank, count, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if count > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, count, device)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        flat /= self.count
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 compute on a card; float32 on a CPU, where bfloat16 is slow."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast. The rate rises over `warmup` steps to `lr` and falls in a cosine to nothing."""
+
+    steps: int
+    """Steps of the optimizer."""
+    batch: int
+    """Clips a step and card."""
+    lr: float
+    warmup: int = 200
+    decay: float = 0.999
+    """Of the running average of the weights, which is what is saved."""
+    minutes: float = math.inf
+    """End after so long, if that comes before `steps`; what such a training did is told by its record."""
+
+
+class Trainer:
+    """AdamW steps on trained tensors, equal on every card, and the running average of their values."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards) -> None:
+        self.parameters, self.plan, self.cards = list(parameters), plan, cards
+        fused = cards.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        self.averages = [p.detach().clone() for p in self.parameters]
+        self.taken, self.progress, self.start = 0, 0.0, time.perf_counter()
+
+    def step(self, loss: Tensor) -> bool:
+        """Backward, the mean over cards, clipping at norm 1, one AdamW step; returns whether another one follows."""
+        loss.backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.cards.average(gradients)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        rise = min(1.0, (self.taken + 1) / self.plan.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * rise * (0.5 + 0.5 * math.cos(math.pi * self.progress))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        weight = 1 - min(self.plan.decay, (1 + self.taken) / (10 + self.taken))
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter.detach(), weight)
+        self.taken += 1
+        return self._advance() < 1
+
+    def _advance(self) -> float:
+        """The share of the plan that is done, the same on every card."""
+        if math.isinf(self.plan.minutes):
+            self.progress = self.taken / self.plan.steps
+        elif self.taken % 20 == 0 or self.taken == self.plan.steps:
+            minutes = torch.tensor([(time.perf_counter() - self.start) / 60], device=self.cards.device)
+            self.cards.average([minutes])
+            self.progress = min(1.0, max(minutes.item() / self.plan.minutes, self.taken / self.plan.steps))
+        return self.progress
+
+    @torch.no_grad()
+    def take_averages(self) -> None:
+        """Set the trained tensors to their running averages."""
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            parameter.copy_(average)
+
+
+def save_pieces(module: nn.Module, folder: Path) -> None:
+    """The module's weights in bfloat16 as the hub publishes them: model.safetensors, or pieces of at most 16 MiB and their index."""
+    from huggingface_hub import save_torch_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().bfloat16().contiguous() for name, value in module.state_dict().items()}
+    save_torch_state_dict(state, folder, filename_pattern="model{suffix}.safetensors", max_shard_size=PIECE_BYTES)
+    for piece in folder.glob("model*.safetensors"):
+        piece.chmod(0o644)  # the library leaves them for their owner's eyes alone

@@ -1,0 +1,248 @@
+"""Layer norm, modulation and, if wanted, a low-rank down projection of the result, in one read of the residual stream.
+
+n = LN(x) * (1 + scale) + shift, without affine parameters (STDiT3's `layer_norm`). With a down projection A the output is
+[n, n A^T, 0]: n and its rank-r projection side by side, ready for one matrix product with [W, s B] (lora_linear.py), which
+so gets its low-rank part for 1 + r / D of the plain product. Saved for the backward: x, two numbers a row, the vectors; not n.
+Axes: B samples, N tokens, D channels, R columns that a rank takes (common.padded_rank).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor
+
+from .common import block_for, cdiv, check, check_runs, jit, padded_rank, splits_for
+
+BLOCK_N = 16  # rows of a program, with a down projection; half of them without
+BLOCK_D = 128  # 1152 is nine of them
+
+
+def norm_modulate_reference(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None = None, eps: float = 1e-6):
+    """The mathematics, in whatever dtype the inputs have. down: [r, D] in the dtype it computes in."""
+    n = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    if down is None:
+        return n
+    down = down.to(n.dtype)
+    return torch.cat([n, F.pad(F.linear(n, down), (0, padded_rank(down.shape[0]) - down.shape[0]))], dim=-1)
+
+
+@jit
+def _forward_kernel(
+    x_ptr, shift_ptr, scale_ptr, down_ptr, out_ptr, mean_ptr, rstd_ptr, N, rank,
+    D: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = sample * N + n
+    real = n < N
+    # The rows are read from memory once; the second and third time they come from the cache.
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
+        total += tl.sum(x, 1)
+    mean = total / D
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = real[:, None] & (d < D)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, x - mean[:, None], 0.0)
+        total += tl.sum(centred * centred, 1)
+    rstd = tl.rsqrt(total / D + EPS)
+    tl.store(mean_ptr + row, mean, mask=real)
+    tl.store(rstd_ptr + row, rstd, mask=real)
+    if R > 0:
+        r = tl.arange(0, R)
+        low = tl.zeros((BLOCK_N, R), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = real[:, None] & (d < D)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+        out = (x - mean[:, None]) * rstd[:, None] * (1.0 + scale) + shift
+        out = out.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * (D + R) + d, out, mask=inside)
+        if R > 0:
+            a = tl.load(down_ptr + r[None, :] * D + d[:, None], mask=(d[:, None] < D) & (r < rank), other=0.0)
+            low += tl.dot(out, a, input_precision="ieee")
+    if R > 0:
+        tl.store(out_ptr + row[:, None] * (D + R) + D + r, low.to(out_ptr.dtype.element_ty), mask=real[:, None])
+
+
+@jit
+def _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D: tl.constexpr, R: tl.constexpr):
+    """The gradient that reaches n in one block of channels: its own part, and what comes back through A."""
+    dout = tl.load(dout_ptr + row[:, None] * (D + R) + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
+    if R > 0:
+        r = tl.arange(0, R)
+        a = tl.load(down_ptr + r[:, None] * D + d, mask=(r[:, None] < rank) & (d < D), other=0.0)
+        dout += tl.dot(dlow, a, input_precision="ieee")
+    return dout
+
+
+@jit
+def _input_gradient_kernel(
+    dout_ptr, x_ptr, scale_ptr, down_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr, N, rank,
+    D: tl.constexpr, R: tl.constexpr, VECTORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = sample * N + n
+    real = n < N
+    mean = tl.load(mean_ptr + row, mask=real, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)[:, None]
+    dlow = 0.0
+    if R > 0:
+        r = tl.arange(0, R)
+        dlow = tl.load(dout_ptr + row[:, None] * (D + R) + D + r, mask=real[:, None], other=0.0)
+    sum_g = tl.zeros((BLOCK_N,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        dout = _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D, R)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+        g = dout * (1.0 + scale)  # zero outside, because dout is
+        sum_g += tl.sum(g, 1)
+        sum_gx += tl.sum(g * (x - mean) * rstd, 1)
+    mean_g, mean_gx = (sum_g / D)[:, None], (sum_gx / D)[:, None]
+    block = sample * tl.num_programs(0) + tl.program_id(0)
+    for start in tl.static_range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = real[:, None] & (d < D)
+        dout = _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D, R)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+        normed = (x - mean) * rstd
+        dx = rstd * (dout * (1.0 + scale) - mean_g - normed * mean_gx)
+        tl.store(dx_ptr + row[:, None] * D + d, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if VECTORS:
+            tl.store(dshift_ptr + block * D + d, tl.sum(dout, 0), mask=d < D)
+            tl.store(dscale_ptr + block * D + d, tl.sum(dout * normed, 0), mask=d < D)
+
+
+@jit
+def _down_gradient_kernel(
+    dout_ptr, x_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr, ddown_ptr, N, rows_each,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Part of dA = (d low)^T n over `rows_each` rows; n is made again from x, so that it need not be kept."""
+    split = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    r = tl.arange(0, R)
+    scale = 1.0 + tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+    total = tl.zeros((R, BLOCK_D), tl.float32)
+    for start in range(split * rows_each, tl.minimum((split + 1) * rows_each, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        real = n < N
+        row = sample * N + n
+        dlow = tl.load(dout_ptr + row[:, None] * (D + R) + D + r, mask=real[:, None], other=0.0)
+        x = tl.load(x_ptr + row[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=real, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)[:, None]
+        out = ((x - mean) * rstd * scale + shift).to(dlow.dtype)
+        total += tl.dot(tl.trans(dlow), out, input_precision="ieee")
+    part = sample * tl.num_programs(1) + split
+    tl.store(ddown_ptr + (part * R + r[:, None]) * D + d, total, mask=d < D)
+
+
+def _blocks(D: int, down: bool) -> dict[str, int]:
+    return {"BLOCK_N": BLOCK_N if down else BLOCK_N // 2, "BLOCK_D": block_for(D, BLOCK_D), "num_warps": 4}
+
+
+def _forward(x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, D = x.shape
+    R = 0 if down is None else padded_rank(down.shape[0])
+    out = x.new_empty(B, N, D + R)
+    mean, rstd = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
+    blocks = _blocks(D, R > 0)
+    _forward_kernel[(cdiv(N, blocks["BLOCK_N"]), B)](
+        x, shift, scale, x if down is None else down, out, mean, rstd, N, 0 if down is None else down.shape[0],
+        D=D, R=R, EPS=eps, **blocks,
+    )  # fmt: skip
+    return out, mean, rstd
+
+
+def _input_gradient(
+    dout: Tensor, x: Tensor, scale: Tensor, down: Tensor | None, mean: Tensor, rstd: Tensor, vectors: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    B, N, D = x.shape
+    R = dout.shape[2] - D
+    blocks = _blocks(D, R > 0)
+    programs = cdiv(N, blocks["BLOCK_N"])
+    dx = torch.empty_like(x)
+    # Every program writes sums of its own, and they are added in one fixed order: same inputs, same bits.
+    dshift, dscale = (x.new_empty(B, programs if vectors else 1, D, dtype=torch.float32) for _ in range(2))
+    _input_gradient_kernel[(programs, B)](
+        dout, x, scale, x if down is None else down, mean, rstd, dx, dshift, dscale,
+        N, 0 if down is None else down.shape[0], D=D, R=R, VECTORS=vectors, **blocks,
+    )  # fmt: skip
+    if not vectors:
+        return dx, None, None
+    return dx, dshift.sum(1, keepdim=True).to(x.dtype), dscale.sum(1, keepdim=True).to(x.dtype)
+
+
+def _down_gradient(
+    dout: Tensor, x: Tensor, shift: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, rank: int
+) -> Tensor:
+    B, N, D = x.shape
+    R = dout.shape[2] - D
+    blocks = {"BLOCK_N": 64, "BLOCK_D": block_for(D, BLOCK_D), "num_warps": 4}
+    across = cdiv(D, blocks["BLOCK_D"])
+    splits = splits_for(N, across * B, blocks["BLOCK_N"])
+    rows_each = cdiv(cdiv(N, splits), blocks["BLOCK_N"]) * blocks["BLOCK_N"]
+    parts = x.new_empty(B * splits, R, D, dtype=torch.float32)
+    _down_gradient_kernel[(across, splits, B)](
+        dout, x, shift, scale, mean, rstd, parts, N, rows_each, D=D, R=R, **blocks
+    )
+    return parts.sum(0)[:rank]
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None, eps: float) -> Tensor:
+        x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
+        cast = None if down is None else down.to(x.dtype).contiguous()
+        out, mean, rstd = _forward(x, shift, scale, cast, eps)
+        ctx.save_for_backward(x, shift, scale, cast, mean, rstd)
+        ctx.down_dtype = None if down is None else down.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, scale, down, mean, rstd = ctx.saved_tensors
+        dout = dout.contiguous()
+        vectors = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dx, dshift, dscale = _input_gradient(dout, x, scale, down, mean, rstd, vectors)
+        ddown = None
+        if ctx.needs_input_grad[3]:
+            ddown = _down_gradient(dout, x, shift, scale, mean, rstd, down.shape[0]).to(ctx.down_dtype)
+        return dx, dshift, dscale, ddown, None
+
+
+def norm_modulate(
+    x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, down_rD: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """LN(x) * (1 + scale) + shift, and beside it its projection by `down`; differentiable in all four.
+
+    x: [B, N, D]; shift, scale: [B, 1, D], x's dtype. down: [r, D], any float dtype (it computes in x's), r from 1 to 64.
+    Returns [B, N, D], or with `down` [B, N, D + R]: columns D to D + r - 1 hold the projection, the rest are zero.
+    Raises ValueError when shapes, dtypes or devices disagree.
+    """
+    B, _, D = x_BND.shape
+    check_runs("norm_modulate", x_BND, shift_B1D, scale_B1D)
+    for name, vector in (("shift", shift_B1D), ("scale", scale_B1D)):
+        check(vector.shape == (B, 1, D), f"norm_modulate: {name} is {list(vector.shape)}, x needs {[B, 1, D]}")
+    if down_rD is not None:
+        check(
+            down_rD.ndim == 2 and down_rD.shape[1] == D and down_rD.device == x_BND.device,
+            f"norm_modulate: down is {list(down_rD.shape)} on {down_rD.device}, x needs [r, {D}] on {x_BND.device}",
+        )
+        padded_rank(down_rD.shape[0])
+    return _NormModulate.apply(x_BND, shift_B1D, scale_B1D, down_rD, eps)  # type: ignore[return-value]

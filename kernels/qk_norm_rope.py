@@ -1,0 +1,247 @@
+"""Queries, keys and values for attention from one projection: RMS norm, 3-D rotation and regrouping by window in one pass.
+
+Rounding follows the official model (attention.py's RMSNorm): x / rms(x) is rounded to the input's dtype, so is its product
+with the weight; the rotation (arXiv:2104.09864, eq. 34) then runs in float32 and is rounded once. The tables of cosines and
+sines, rounded by the official rule, are inputs. The backward turns by the negated angle and reads the projection again.
+Axes: B samples, N tokens, H heads, d channels of a head, P = d / 2 pairs.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .common import cdiv, check, check_runs, jit, power_of_two
+from .windows import WINDOW, Grid, group_windows, window_row
+
+BLOCK = 32  # (token, head) pairs of a program
+
+
+def qk_norm_rope_reference(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    windows: Grid | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mathematics, in whatever dtype the inputs have: what the model's plain path computes, then regrouped."""
+    d = q_weight.shape[0]
+    q, k, v = qkv.unflatten(-1, (3, -1, d)).unbind(2)  # [B, N, H, d]
+    repeats = qkv.shape[1] // cos.shape[0]
+
+    def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = (table.repeat(repeats, 1)[:, None, :] for table in (cos, sin))
+        return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2).to(x.dtype)
+
+    outs = norm_rope(q, q_weight), norm_rope(k, k_weight), v
+    q, k, v = (t.flatten(0, 1) if windows is None else group_windows(t, windows) for t in outs)
+    return q, k, v
+
+
+@jit
+def _turn(x, cos, sin, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Turn the channel pairs of x [BLOCK, BLOCK_D] by angles [BLOCK, BLOCK_D / 2]."""
+    a, b = tl.split(tl.reshape(x, (BLOCK, BLOCK_D // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BLOCK, BLOCK_D))
+
+
+@jit
+def _normed(x, H_D: tl.constexpr, EPS: tl.constexpr):
+    """x / rms(x), and 1 / rms(x), in float32; x is zero beyond the head's channels."""
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / H_D + EPS)[:, None]
+    return x * rstd, rstd
+
+
+@jit
+def _places(
+    pairs, samples, H: tl.constexpr, H_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """For a program's (token, head) pairs: token, offsets in the projection and in q, k or v, and which are real."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token, head = pair // H, pair % H
+    to = token
+    if WINDOW > 0:
+        to = window_row(token, samples, FRAMES, ROWS, COLS, WINDOW)
+    d = tl.arange(0, BLOCK_D)
+    projected = (token.to(tl.int64) * (3 * H * H_D) + head * H_D)[:, None] + d
+    grouped = (to.to(tl.int64) * (H * H_D) + head * H_D)[:, None] + d
+    return token, projected, grouped, (pair < pairs)[:, None] & (d < H_D)
+
+
+@jit
+def _angles(cos_ptr, sin_ptr, token, real, table_rows, H_D: tl.constexpr, BLOCK_D: tl.constexpr):
+    p = tl.arange(0, BLOCK_D // 2)
+    at = (token % table_rows)[:, None] * (H_D // 2) + p
+    inside = real & (p < H_D // 2)
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _forward_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, pairs, samples, table_rows,
+    H: tl.constexpr, H_D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    token, projected, grouped, inside = _places(pairs, samples, H, H_D, BLOCK, BLOCK_D, FRAMES, ROWS, COLS, WINDOW)
+    real = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < pairs)[:, None]
+    cos, sin = _angles(cos_ptr, sin_ptr, token, real, table_rows, H_D, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    for part in tl.static_range(3):  # type: ignore
+        x = tl.load(qkv_ptr + projected + part * (H * H_D), mask=inside, other=0.0)
+        if part == 2:
+            tl.store(v_ptr + grouped, x, mask=inside)
+        else:
+            weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
+            out_ptr = q_ptr if part == 0 else k_ptr
+            weight = tl.load(weight_ptr + d, mask=d < H_D, other=0.0).to(tl.float32)
+            normed, _ = _normed(x.to(tl.float32), H_D, EPS)
+            weighted = (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
+            tl.store(out_ptr + grouped, _turn(weighted, cos, sin, BLOCK, BLOCK_D).to(x.dtype), mask=inside)
+
+
+@jit
+def _backward_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, dweight_ptr,
+    pairs, samples, table_rows,
+    H: tl.constexpr, H_D: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr, WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    token, projected, grouped, inside = _places(pairs, samples, H, H_D, BLOCK, BLOCK_D, FRAMES, ROWS, COLS, WINDOW)
+    real = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < pairs)[:, None]
+    cos, sin = _angles(cos_ptr, sin_ptr, token, real, table_rows, H_D, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
+    for part in tl.static_range(3):  # type: ignore
+        if part == 2:
+            tl.store(
+                dqkv_ptr + projected + part * (H * H_D), tl.load(dv_ptr + grouped, mask=inside, other=0.0), mask=inside
+            )
+        else:
+            dout_ptr = dq_ptr if part == 0 else dk_ptr
+            weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
+            x = tl.load(qkv_ptr + projected + part * (H * H_D), mask=inside, other=0.0)
+            dout = tl.load(dout_ptr + grouped, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + d, mask=d < H_D, other=0.0).to(tl.float32)
+            normed, rstd = _normed(x.to(tl.float32), H_D, EPS)
+            dweighted = _turn(dout, cos, -sin, BLOCK, BLOCK_D)
+            if WEIGHTS:
+                at = (tl.program_id(0).to(tl.int64) * 2 + part) * H_D + d
+                tl.store(dweight_ptr + at, tl.sum(dweighted * normed, 0), mask=d < H_D)
+            g = dweighted * weight
+            dx = rstd * (g - normed * (tl.sum(g * normed, 1) / H_D)[:, None])
+            tl.store(dqkv_ptr + projected + part * (H * H_D), dx.to(x.dtype), mask=inside)
+
+
+def _launch_options(heads: int, d: int, windows: Grid | None, eps: float) -> dict[str, Any]:
+    frames, rows, cols = windows or (1, 1, 1)
+    return {
+        "H": heads, "H_D": d, "EPS": eps, "BLOCK": BLOCK, "BLOCK_D": power_of_two(d),
+        "FRAMES": frames, "ROWS": rows, "COLS": cols, "WINDOW": WINDOW if windows else 0, "num_warps": 4,
+    }  # fmt: skip
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        windows: Grid | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.contiguous()
+        B, N, width = qkv.shape
+        d = q_weight.shape[0]
+        heads = width // (3 * d)
+        q, k, v = (qkv.new_empty(B * N, heads, d) for _ in range(3))
+        pairs = B * N * heads
+        _forward_kernel[(cdiv(pairs, BLOCK),)](
+            qkv,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            q,
+            k,
+            v,
+            pairs,
+            B,
+            cos.shape[0],
+            **_launch_options(heads, d, windows, eps),
+        )
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.windows, ctx.eps = windows, eps
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        B, N, width = qkv.shape
+        d = q_weight.shape[0]
+        heads = width // (3 * d)
+        pairs = B * N * heads
+        programs = cdiv(pairs, BLOCK)
+        weights = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dqkv = torch.empty_like(qkv)
+        parts = qkv.new_empty(programs if weights else 1, 2, d, dtype=torch.float32)
+        _backward_kernel[(programs,)](
+            dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv, q_weight, k_weight, cos, sin, dqkv, parts,
+            pairs, B, cos.shape[0], WEIGHTS=weights, **_launch_options(heads, d, ctx.windows, ctx.eps),
+        )  # fmt: skip
+        if not weights:
+            return dqkv, None, None, None, None, None, None
+        dq_weight, dk_weight = parts.sum(0).to(q_weight.dtype)
+        return dqkv, dq_weight, dk_weight, None, None, None, None
+
+
+def qk_norm_rope(
+    qkv_BNE: Tensor,
+    q_weight_d: Tensor,
+    k_weight_d: Tensor,
+    cos_SP: Tensor,
+    sin_SP: Tensor,
+    windows: Grid | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each [B * N, H, d]; differentiable in the projection and the norms' weights.
+
+    qkv: [B, N, 3 * H * d], ordered (q | k | v, head, channel). Weights: [d], qkv's dtype. cos, sin: [S, d / 2], any float
+    dtype; token n takes row n mod S (S = tokens of a frame, or all N). windows: the token grid, to group the rows by window
+    (`windows.split_windows` gives their views); None keeps the order, where a frame's tokens already follow one another.
+    Raises ValueError when shapes, dtypes or devices disagree.
+    """
+    N, width = qkv_BNE.shape[1:]
+    d = q_weight_d.shape[0]
+    check_runs("qk_norm_rope", qkv_BNE, q_weight_d, k_weight_d)
+    check_runs("qk_norm_rope", cos_SP, sin_SP)
+    check(
+        d % 2 == 0 and q_weight_d.shape == k_weight_d.shape == (d,) and width % (3 * d) == 0,
+        f"qk_norm_rope: weights are {list(q_weight_d.shape)} and {list(k_weight_d.shape)}; both need [d], d even, "
+        f"with 3 * heads * d the projection's width {width}",
+    )
+    S = cos_SP.shape[0]
+    check(
+        cos_SP.shape == sin_SP.shape == (S, d // 2) and N % S == 0 and cos_SP.device == qkv_BNE.device,
+        f"qk_norm_rope: tables are {list(cos_SP.shape)} and {list(sin_SP.shape)} on {cos_SP.device}; "
+        f"{N} tokens of head dimension {d} need [S, {d // 2}] on {qkv_BNE.device} with S a divisor of {N}",
+    )
+    check(windows is None or windows.tokens == N, f"qk_norm_rope: windows are {windows}, the projection has {N} tokens")
+    return _QKNormRope.apply(  # type: ignore[return-value]
+        qkv_BNE,
+        q_weight_d.contiguous(),
+        k_weight_d.contiguous(),
+        cos_SP.contiguous(),
+        sin_SP.contiguous(),
+        windows,
+        eps,
+    )

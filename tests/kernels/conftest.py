@@ -1,0 +1,18 @@
+"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before they are decorated."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def new_tensors_hold_nan() -> Iterator[None]:
+    """torch fills what torch.empty gives with NaN in this mode: an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
