@@ -26,6 +26,15 @@ from vidtta.engine.files import ABANDONED_AFTER, TEMPORARY
 from .engine.tiny_run import CLIPS, FORKS, FULL, Lab, run_in_child, tiny_lab
 
 SHARED = ("captions", "latents", "references", "comparisons")  # folders whose files are named by content or clip
+TOLD = (
+    (run_module, "preflight"),
+    (run_module, "state_hash"),
+    (run_module, "write_comparisons"),
+    (session.Session, "captions"),
+    (session.Session, "unfinished"),
+    (session.Session, "attach"),
+    (session.Session, "write_references"),
+)
 LOADING, ENDED = b"loading", b"ended"
 COMPARED = ("latents.safetensors", "adapter.safetensors", "video.mp4")
 
@@ -147,15 +156,26 @@ def _start(lab: Lab, output: str) -> tuple[Any, Any]:
 
 
 def _run_and_tell(argv: list[str], place: Any) -> None:
-    """What a child does: a run that writes into `place` which phase it is in, or which file it writes."""
+    """What a child does: a run that writes into `place` what it is doing: a phase of a clip, or which file it writes."""
 
-    def told(inner: Callable, name_of: Callable[..., str]) -> Callable:
+    @contextmanager
+    def telling(what: str) -> Iterator[None]:
+        before, place.value = place.value, what.encode()
+        yield
+        place.value = before
+
+    def context(inner: Callable, name_of: Callable[..., str]) -> Callable:
         @contextmanager
         def wrapper(*inputs: Any) -> Iterator[Any]:
-            before, place.value = place.value, name_of(*inputs).encode()
-            with inner(*inputs) as value:
+            with telling(name_of(*inputs)), inner(*inputs) as value:
                 yield value
-            place.value = before
+
+        return wrapper
+
+    def function(inner: Callable, name: str) -> Callable:
+        def wrapper(*inputs: Any) -> Any:
+            with telling(name):
+                return inner(*inputs)
 
         return wrapper
 
@@ -163,22 +183,17 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
         return f"writing {path.parent.name if path.parent.name in SHARED else path.name}"
 
     def loaded(*inputs: Any) -> Any:
-        found = prepare(*inputs)
-        place.value = b"between phases"
+        found = load(*inputs)
+        place.value = b"elsewhere"
         return found
 
-    def tell_preflight(*inputs: Any) -> Any:
-        place.value = b"preflight"
-        found = preflight(*inputs)
-        place.value = b"between phases"
-        return found
-
-    prepare, preflight = run_module.prepare, run_module.preflight
-    run_module.prepare, run_module.preflight = loaded, tell_preflight
+    load, run_module.prepare = run_module.prepare, loaded
+    for owner, name in TOLD:
+        setattr(owner, name, function(getattr(owner, name), name.replace("_", " ")))
     for module in (clip, session, run_module):
-        module.timed = told(module.timed, lambda seconds, name, device: name)
+        module.timed = context(module.timed, lambda seconds, name, device: name)
     for module in (files, video):
-        module.atomic_path = told(module.atomic_path, file_of)
+        module.atomic_path = context(module.atomic_path, file_of)
     try:
         run_in_child(argv)
     finally:
