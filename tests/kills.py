@@ -26,7 +26,16 @@ from vidtta.engine.files import ABANDONED_AFTER, TEMPORARY
 from .engine.tiny_run import CLIPS, FORKS, FULL, Lab, run_in_child, tiny_lab
 
 SHARED = ("captions", "latents", "references", "comparisons")  # folders whose files are named by content or clip
-LOADING = "loading"
+TOLD = (
+    (run_module, "preflight"),
+    (run_module, "state_hash"),
+    (run_module, "write_comparisons"),
+    (session.Session, "captions"),
+    (session.Session, "unfinished"),
+    (session.Session, "attach"),
+    (session.Session, "write_references"),
+)
+LOADING, ENDED = b"loading", b"ended"
 COMPARED = ("latents.safetensors", "adapter.safetensors", "video.mp4")
 
 
@@ -70,12 +79,13 @@ def kill_runs(lab: Lab, kills: int, seed: int) -> Report:
     while report.kills < kills:
         child, place = _start(lab, report.outputs[-1])
         child.join(chance.uniform(0, whole))
-        if child.exitcode is None:
+        if child.exitcode is None and place.value != ENDED:
             child.kill()
             child.join()
             report.kills += 1
             report.places[place.value.decode()] += 1
         else:
+            child.join()
             assert child.exitcode == 0
             report.undisturbed += 1
             report.outputs.append(f"killed {len(report.outputs)}")
@@ -124,34 +134,48 @@ def _temporaries(lab: Lab) -> list[Path]:
 
 def _time_of(lab: Lab) -> float:
     """Seconds that a whole run takes once its models are loaded."""
-    child, _ = _start(lab, "undisturbed")
+    child, place = _start(lab, "undisturbed")
     begun = time.monotonic()
+    while place.value != ENDED:
+        time.sleep(0.002)
+    seconds = time.monotonic() - begun
     child.join()
     assert child.exitcode == 0
-    return time.monotonic() - begun
+    return seconds
 
 
 def _start(lab: Lab, output: str) -> tuple[Any, Any]:
     """A child that runs into `output` and has loaded its models, and the place in memory where it says what it does."""
     place = FORKS.RawArray("c", 64)
-    place.value = LOADING.encode()
+    place.value = LOADING
     child = FORKS.Process(target=_run_and_tell, args=(lab.argv(output), place))
     child.start()
-    while place.value == LOADING.encode() and child.is_alive():
+    while place.value == LOADING and child.is_alive():
         time.sleep(0.002)
     return child, place
 
 
 def _run_and_tell(argv: list[str], place: Any) -> None:
-    """What a child does: a run that writes into `place` which phase it is in, or which file it writes."""
+    """What a child does: a run that writes into `place` what it is doing: a phase of a clip, or which file it writes."""
 
-    def told(inner: Callable, name_of: Callable[..., str]) -> Callable:
+    @contextmanager
+    def telling(what: str) -> Iterator[None]:
+        before, place.value = place.value, what.encode()
+        yield
+        place.value = before
+
+    def context(inner: Callable, name_of: Callable[..., str]) -> Callable:
         @contextmanager
         def wrapper(*inputs: Any) -> Iterator[Any]:
-            before, place.value = place.value, name_of(*inputs).encode()
-            with inner(*inputs) as value:
+            with telling(name_of(*inputs)), inner(*inputs) as value:
                 yield value
-            place.value = before
+
+        return wrapper
+
+    def function(inner: Callable, name: str) -> Callable:
+        def wrapper(*inputs: Any) -> Any:
+            with telling(name):
+                return inner(*inputs)
 
         return wrapper
 
@@ -159,23 +183,21 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
         return f"writing {path.parent.name if path.parent.name in SHARED else path.name}"
 
     def loaded(*inputs: Any) -> Any:
-        found = prepare(*inputs)
-        place.value = b"between phases"
+        found = load(*inputs)
+        place.value = b"elsewhere"
         return found
 
-    def tell_preflight(*inputs: Any) -> Any:
-        place.value = b"preflight"
-        found = preflight(*inputs)
-        place.value = b"between phases"
-        return found
-
-    prepare, preflight = run_module.prepare, run_module.preflight
-    run_module.prepare, run_module.preflight = loaded, tell_preflight
+    load, run_module.prepare = run_module.prepare, loaded
+    for owner, name in TOLD:
+        setattr(owner, name, function(getattr(owner, name), name.replace("_", " ")))
     for module in (clip, session, run_module):
-        module.timed = told(module.timed, lambda seconds, name, device: name)
+        module.timed = context(module.timed, lambda seconds, name, device: name)
     for module in (files, video):
-        module.atomic_path = told(module.atomic_path, file_of)
-    run_in_child(argv)
+        module.atomic_path = context(module.atomic_path, file_of)
+    try:
+        run_in_child(argv)
+    finally:
+        place.value = ENDED
 
 
 def main() -> int:

@@ -5,10 +5,10 @@ command goes on where it was stopped, and ends in the same bytes however often t
 """
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def prepare(
     """
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies within the source {source}; give a folder elsewhere as --out")
-    with locked(out):
+    with locked(out), _system_errors_told():
         found = open_source(kind, source, splits)
         versions = {name: importlib.metadata.version(name) for name in ("av", "torch")}
         begun_with = begin(out, _identity(kind, found, settings), versions)
@@ -67,8 +67,6 @@ def prepare(
             except Interrupted as error:
                 where = f"after {progress.done} of {progress.total} clips"
                 raise Interrupted(f"{where}; the same command goes on from there") from error
-            except OSError as error:
-                raise UserError(f"{error}; make room or mend the folder, and run the same command again") from error
         if kind == "folder":
             place = {clip.id: number for number, clip in enumerate(found.candidates)}
             chosen.sort(key=lambda clip: place[clip.id])
@@ -88,6 +86,15 @@ def prepare(
         print(f"{source} has {len(found.candidates)} clips to choose from, not the {settings.count} asked for")
     print(f"prepared {len(rows)}, rejected {len(rejects)}{f' (see {out}/rejects.csv)' if rejects else ''}")
     return 0 if rows else 1
+
+
+@contextmanager
+def _system_errors_told() -> Iterator[None]:
+    """Say in one sentence that the disk is full or cannot be written; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error}; make room or mend the folder, and run the same command again") from error
 
 
 def _choose_and_convert(

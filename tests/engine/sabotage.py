@@ -111,7 +111,6 @@ def target_under_the_noise(patch: Patch) -> None:
 
 def no_condition(patch: Patch) -> None:
     patch.setattr(adaptation, "Condition", lambda latents, mask: Condition(0 * latents, 0 * mask))
-    patch.setattr(adaptation, "add_noise", lambda x0, noise, t: noise)
 
 
 def scored_frames_encoded(patch: Patch) -> None:

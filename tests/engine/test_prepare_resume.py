@@ -158,6 +158,23 @@ def test_what_ends_a_run_is_told_and_is_no_reject(error, message, source, prepar
     }
 
 
+@pytest.mark.parametrize("name", ["prepare.json", "captions.txt", "manifest.csv", "rejects.csv"])
+def test_a_disk_that_is_full_for_a_list_is_told_too(name, source, prepared, tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def full(path, target):
+        if target.name == name:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert refusal(source, tmp_path / "out") == (
+        f"[Errno 28] No space left on device: '{tmp_path}/out/{name}'; make room or mend the folder, and run the same command again"
+    )
+    monkeypatch.undo()
+    assert run(source, tmp_path / "out") == (0, tree(prepared))
+
+
 def test_what_a_killed_run_left_is_removed(source, prepared, tmp_path):
     run(source, tmp_path / "out")
     for folder in ("", "clips", "state"):
