@@ -77,6 +77,7 @@ def errors(
     """The largest error of each output and gradient. poison: what a kernel leaves unwritten is NaN."""
     # In this mode torch fills what torch.empty gives with NaN; torch.compile would compile anew for it.
     torch.use_deterministic_algorithms(poison, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010 (set on a module's hidden class)
     try:
         actual = with_gradients(function, inputs, case.trained, 1)
     finally:
