@@ -1,1 +1,1 @@
-"""Benchmarks. They need a GPU; what they print is cost, and quality stands beside it where weights are trained."""
+"""Benchmarks. Most need a GPU; what they print is cost, and quality stands beside it where weights are trained."""
