@@ -56,7 +56,7 @@ SAMPLERS = {
 }
 GRID: dict[str, Sequence[AnyMethod]] = {
     "full": [FullFineTuning(steps=20, lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
-    "lora": [LoRA(steps=20, lr=lr, rank=8, alpha=8.0) for lr in (3e-4, 1e-3, 3e-3)],
+    "lora": [LoRA(steps=20, lr=lr, rank=8, alpha=8.0) for lr in (1e-3, 3e-3, 1e-2)],
     "delta": [
         Delta(steps=20, site="pre", lr=1e-2),
         Delta(steps=20, site="pre", lr=3e-2),

@@ -2,7 +2,11 @@
 
 import os
 
-# Triton kernels run on the CPU only through its interpreter, which is chosen when a kernel is decorated.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 # Some virtual machines announce AMX but do not let programs use it; bfloat16 matrix products then fail in oneDNN.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import torch  # noqa: E402 (after what it reads)
+
+# Without a GPU, Triton kernels run through its interpreter alone, which is chosen when a kernel is decorated.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

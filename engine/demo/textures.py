@@ -35,7 +35,7 @@ def _turned(points: Tensor, numbers: Tensor, shortest: float, longest: float) ->
 
 def _soft(wave: Tensor) -> Tensor:
     """A wave between -1 and 1 as a pattern with soft edges."""
-    return torch.sigmoid(5 * wave)
+    return torch.sigmoid(3 * wave)
 
 
 def plain(points: Tensor, numbers: Tensor) -> Tensor:

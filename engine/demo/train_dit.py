@@ -33,8 +33,8 @@ SHAPES = (CLIP, ADAPTATION, CLIP, CLIP, ADAPTATION, CLIP, CLIP, ADAPTATION, CLIP
 """What the steps train in turn: mostly these two, now and then other windows."""
 DROP = 0.05
 """Share of clips without text; of those without condition; of those without both."""
-RENEWED = 64
-"""Steps after which a part of the bank is replaced by new clips."""
+RENEWED = 96
+"""Steps after which new clips join the bank, in the oldest ones' place once it is full."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,20 @@ def continuation_loss(
 
 
 class Batches:
-    """Batches of one card from a bank of encoded clips that new clips pass through; every draw on the card has a named seed."""
+    """Batches of one card from a bank of encoded clips that new clips pass through; every draw on the card has a named seed.
+
+    A quarter of the bank is filled before the first step, the rest while the training goes on.
+    """
 
     def __init__(self, vae: VAE, plan: Plan, cards: Cards, size: int) -> None:
         self.vae, self.plan, self.cards = vae, plan, cards
         self.part = min(64, size)
+        self.places = max(1, size // self.part)
         self.drawn = 0
-        parts = [self._new() for _ in range(size // self.part)]
-        self.bank = Bank(*(torch.cat([getattr(p, n) for p in parts]) for n in ("whole", "alone", "rows")))
+        first = self._new()
+        self.bank = Bank(*(t.repeat(self.places, *[1] * (t.ndim - 1)) for t in (first.whole, first.alone, first.rows)))
+        while self.drawn < self.places // 4:
+            self._renew()
         self.generator = torch.Generator(cards.device).manual_seed(
             generator_for(0, "dit", "batches", cards.rank).initial_seed()
         )
@@ -130,14 +136,17 @@ class Batches:
         self.drawn += 1
         return encode_clips(self.vae, range(first, first + self.part), self.cards)
 
+    def _renew(self) -> None:
+        self.bank.replace(self.drawn % self.places * self.part, self._new())
+
     def take(self, step: int, frames: int, known: int) -> tuple[Tensor, ...]:
         """latents, noise, t, drop and rows for `continuation_loss`."""
         if step % RENEWED == RENEWED - 1:
-            places = len(self.bank.rows) // self.part
-            self.bank.replace(self.drawn % places * self.part, self._new())
+            self._renew()
         device, generator = self.cards.device, self.generator
         B = self.plan.batch * (2 if frames == ADAPTATION[0] else 1)  # about as many tokens in every step
-        at = torch.randint(len(self.bank.rows), (B,), device=device, generator=generator)
+        held = min(self.drawn, self.places) * self.part
+        at = torch.randint(held, (B,), device=device, generator=generator)
         latents = self.bank.whole[at, :, :frames].float()
         if known in (3, 7):  # windows that end inside a chunk: its known part was encoded alone
             latents[:, :, 5:7] = self.bank.alone[at].float()
@@ -166,12 +175,12 @@ def train_dit(
     if cards.device.type == "cuda":
         for layer in dit.layers:
             layer.compile(dynamic=False)  # spatial and temporal layers share one graph each, a shape
+    trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards)
+    batches = Batches(vae, plan, cards, bank)
     latent_size = (HEIGHT // 8, WIDTH // 8)
     geometries = {
         (T, known): dit.geometry(T, latent_size, (HEIGHT, WIDTH), tuple(range(known))) for T, known in set(SHAPES)
     }
-    trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards)
-    batches = Batches(vae, plan, cards, bank)
     losses: dict[tuple[int, int], list[Tensor]] = {}
     more = True
     while more:
@@ -179,7 +188,8 @@ def train_dit(
         latents, noise, t, drop, rows = batches.take(trainer.taken, *shape)
         with cards.autocast():
             loss = continuation_loss(dit, table, geometries[shape], latents, noise, t, drop, rows)
-        more = trainer.step(loss)
+        loss.backward()
+        more = trainer.step()
         losses.setdefault(shape, []).append(loss.detach())
         if trainer.taken % 100 == 2 or not more:
             means = {f"loss_{T}_{known}": torch.stack(v).mean().item() for (T, known), v in losses.items()}

@@ -20,18 +20,22 @@ from .world import DOMAINS, build_scene, clip_numbers, render
 HEIGHT, WIDTH, FPS = 96, 128, 24
 KL_WEIGHT = 2e-3
 MOMENT_WEIGHT = 0.05
+DRAWN = 8
+"""Steps whose clips are drawn together, which saves launches."""
 LENGTHS = (CHUNK_FRAMES, CHUNK_FRAMES, CHUNK_FRAMES, 5)
 """Frames of a chunk, in turn by step: whole ones, and the part of a chunk that known frames leave."""
 
 
 def chunks(plan: Plan, cards: Cards) -> Iterator[Tensor]:
     """Batches of chunks, float32 [B, 3, n, H, W] in [-1, 1], endless."""
-    for step in count():
-        first = (step * cards.count + cards.rank) * plan.batch
-        numbers = clip_numbers("familiar", "training", range(first, first + plan.batch)).to(cards.device)
+    for group in count():
+        first = (group * cards.count + cards.rank) * plan.batch * DRAWN
+        numbers = clip_numbers("familiar", "training", range(first, first + plan.batch * DRAWN)).to(cards.device)
         start = torch.rand((), generator=generator_for(0, "vae", "start", first)).item() * 32 / FPS
-        time = start + torch.arange(LENGTHS[step % len(LENGTHS)]) / FPS
-        yield recolour(render(build_scene(DOMAINS["familiar"], numbers), time, HEIGHT, WIDTH), first)
+        time = start + torch.arange(CHUNK_FRAMES) / FPS
+        drawn = recolour(render(build_scene(DOMAINS["familiar"], numbers), time, HEIGHT, WIDTH), first)
+        for k, batch in enumerate(drawn.split(plan.batch)):
+            yield batch[:, :, : LENGTHS[k % len(LENGTHS)]].contiguous()
 
 
 def recolour(pixels_BCFHW: Tensor, seed: int) -> Tensor:
@@ -63,14 +67,12 @@ def vae_loss(vae: VAE, pixels_BCFHW: Tensor) -> tuple[Tensor, Tensor]:
 def train_vae(vae: VAE, plan: Plan, cards: Cards, log: Callable[[int, dict[str, float]], None]) -> None:
     """Train in place; afterwards the weights are the running average. log(step, figures) every 50 steps or so."""
     vae.requires_grad_(True).train()
-    # Compiling takes a minute a length, so only whole chunks are worth it.
-    fast = torch.compile(vae_loss, dynamic=False) if cards.device.type == "cuda" else vae_loss
     trainer, more = Trainer(vae.parameters(), plan, cards), True
     for pixels in chunks(plan, cards):
-        whole = pixels.shape[2] == CHUNK_FRAMES
         with cards.autocast():
-            loss, error = (fast if whole else vae_loss)(vae, pixels)
-        more = trainer.step(loss)
+            loss, error = vae_loss(vae, pixels)
+        loss.backward()
+        more = trainer.step()
         if trainer.taken % 50 == 1 or not more:
             log(trainer.taken, {"loss": loss.item(), "psnr_db": 10 * torch.log10(4 / error).item()})
         if not more:

@@ -39,15 +39,11 @@ class Cards:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(rank, count, device)
 
-    def average(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes, in one message."""
-        if self.count == 1:
-            return
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        flat /= self.count
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+    def average(self, tensor: Tensor) -> None:
+        """Replace the tensor by its mean over the processes."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.count
 
     def autocast(self) -> torch.autocast:
         """bfloat16 compute on a card; float32 on a CPU, where bfloat16 is slow."""
@@ -71,29 +67,33 @@ class Plan:
 
 
 class Trainer:
-    """AdamW steps on trained tensors, equal on every card, and the running average of their values."""
+    """AdamW steps on trained tensors, equal on every card, and the running average of their values.
+
+    Gradients are views of one flat buffer: one message between the cards and one norm.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards) -> None:
         self.parameters, self.plan, self.cards = list(parameters), plan, cards
         fused = cards.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         self.averages = [p.detach().clone() for p in self.parameters]
+        self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=cards.device)
+        parts = self.gradient.split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
         self.taken, self.progress, self.start = 0, 0.0, time.perf_counter()
 
-    def step(self, loss: Tensor) -> bool:
-        """Backward, the mean over cards, clipping at norm 1, one AdamW step; returns whether another one follows."""
-        loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.cards.average(gradients)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+    def step(self) -> bool:
+        """One AdamW step on the gradients' mean over the cards, clipped at norm 1; returns whether another one follows."""
+        self.cards.average(self.gradient)
+        self.gradient *= (1 / self.gradient.norm().clamp(min=1e-6)).clamp(max=1)
         rise = min(1.0, (self.taken + 1) / self.plan.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr * rise * (0.5 + 0.5 * math.cos(math.pi * self.progress))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(
-            self.plan.decay, (1 + self.taken) / (10 + self.taken)
-        )  # short at first, so that the start is forgotten
+        self.gradient.zero_()
+        # The average is short at first, so that the start is forgotten.
+        decay = min(self.plan.decay, (1 + self.taken) / (10 + self.taken))
         get_ema_multi_avg_fn(decay)(self.averages, [p.detach() for p in self.parameters], None)
         self.taken += 1
         return self._advance() < 1
@@ -104,7 +104,7 @@ class Trainer:
             self.progress = self.taken / self.plan.steps
         elif self.taken % 20 == 0 or self.taken == self.plan.steps:
             minutes = torch.tensor([(time.perf_counter() - self.start) / 60], device=self.cards.device)
-            self.cards.average([minutes])
+            self.cards.average(minutes)
             self.progress = min(1.0, max(minutes.item() / self.plan.minutes, self.taken / self.plan.steps))
         return self.progress
 

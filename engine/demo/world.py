@@ -24,7 +24,7 @@ OBJECTS = 4
 NUMBERS = 9 + (OBJECTS + 1) * (14 + TEXTURE_NUMBERS)
 """Uniform numbers of a clip: of the camera, the light and the count, then of the background and each object."""
 SPLITS = ("training", "tuning", "test")
-VERSION = 1
+VERSION = 2
 """Part of a clip's content hash: to be raised when a change here moves a pixel."""
 
 
@@ -44,11 +44,11 @@ def _fold(x: Tensor, limit: float) -> Tensor:
 
 
 def bounce(numbers_B4: Tensor, time_F: Tensor) -> Tensor:
-    """Inertia between four walls, [B, F, 2]: 0.25 to 1.1 heights a second in any direction."""
+    """Inertia between four walls, [B, F, 2]: 0.2 to 0.7 heights a second in any direction."""
     place, angle, speed = (
         numbers_B4[:, :2] * 2 - 1,
         2 * math.pi * numbers_B4[:, 2],
-        0.25 + 0.85 * numbers_B4[:, 3],
+        0.2 + 0.5 * numbers_B4[:, 3],
     )
     travelled = speed[:, None] * time_F
     x = _fold(0.6 * place[:, :1] + angle.cos()[:, None] * travelled, 0.62)
@@ -173,11 +173,12 @@ def clip_numbers(domain: str, split: str, indices: Sequence[int]) -> Tensor:
 def build_scene(domain: Domain, numbers_BN: Tensor) -> Scene:
     """The scenes that numbers [B, NUMBERS] stand for, on their device."""
     draw = _Numbers(numbers_BN)
-    angle, speed = draw.between(0, 2 * math.pi), draw.between(0, 0.3)
+    angle, speed = draw.between(0, 2 * math.pi), draw.between(-0.2, 0.2).clamp(min=0)  # every second camera is still
+    moves = (speed > 0).float()
     camera = {
         "pan": torch.stack((angle.cos() * speed, angle.sin() * speed), dim=-1),
-        "zoom": draw.between(-0.15, 0.15),
-        "turn": draw.between(-0.15, 0.15),
+        "zoom": draw.between(-0.1, 0.1) * moves,
+        "turn": draw.between(-0.1, 0.1) * moves,
     }
     light = {
         "light": draw.between(0.0, 0.25),
@@ -188,7 +189,8 @@ def build_scene(domain: Domain, numbers_BN: Tensor) -> Scene:
     count = 2 + draw.choice(OBJECTS - 1)
     surfaces, things = [], []
     for k in range(OBJECTS + 1):
-        surfaces.append(_surface(domain, draw))
+        # A faint ground: what moves in front of it is most of what there is to continue.
+        surfaces.append(_surface(domain, draw, *((0.2, 0.6) if k == 0 else (0.35, 1.0))))
         things.append(
             Thing(
                 surface=surfaces[-1],
@@ -205,9 +207,9 @@ def build_scene(domain: Domain, numbers_BN: Tensor) -> Scene:
     return Scene(domain, surfaces[0], tuple(things[1:]), **camera, **light)
 
 
-def _surface(domain: Domain, draw: _Numbers) -> Surface:
+def _surface(domain: Domain, draw: _Numbers, faintest: float, strongest: float) -> Surface:
     kind, colour = draw.choice(len(domain.textures)), draw.take(1)[:, 0]
-    other, contrast, numbers = draw.take(1)[:, 0], draw.between(0.35, 1.0), draw.take(TEXTURE_NUMBERS)
+    other, contrast, numbers = draw.take(1)[:, 0], draw.between(faintest, strongest), draw.take(TEXTURE_NUMBERS)
     palette = torch.tensor(list(domain.colours.values()), device=numbers.device)
     first = (colour * len(palette)).long()
     # The second colour is another of the palette, never the same.

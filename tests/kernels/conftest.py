@@ -1,13 +1,9 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before they are decorated."""
+"""What every kernel test is run under."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

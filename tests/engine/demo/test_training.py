@@ -88,7 +88,8 @@ def test_steps_learn_a_batch_by_heart(table):
     trainer = Trainer([table, *dit.parameters()], Plan(60, 4, 3e-3, warmup=5, decay=0.5), CPU)
     first = loss_of(dit, table, **values).item()
     for _ in range(60):
-        more = trainer.step(loss_of(dit, table, **values))
+        loss_of(dit, table, **values).backward()
+        more = trainer.step()
     assert not more
     trainer.take_averages()
     assert loss_of(dit, table, **values).item() < 0.7 * first
@@ -102,7 +103,8 @@ def test_the_vae_learns_a_chunk_and_keeps_latents_near_the_normalisation():
     _, before = vae_loss(vae, ramp)
     for _ in range(40):
         loss, error = vae_loss(vae, ramp)
-        trainer.step(loss)
+        loss.backward()
+        trainer.step()
     assert error < 0.3 * before
 
 
@@ -111,7 +113,8 @@ def test_the_rate_rises_falls_and_ends():
     trainer = Trainer([weight], Plan(steps=10, batch=1, lr=1.0, warmup=4), CPU)
     rates, more = [], []
     for _ in range(10):
-        more.append(trainer.step(weight.sum()))
+        weight.sum().backward()
+        more.append(trainer.step())
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     expected = [min(1, (k + 1) / 4) * (0.5 + 0.5 * math.cos(math.pi * k / 10)) for k in range(10)]
     assert rates == pytest.approx(expected)
@@ -121,7 +124,7 @@ def test_the_rate_rises_falls_and_ends():
 def test_a_time_limit_ends_a_training():
     weight = nn.Parameter(torch.zeros(1))
     trainer = Trainer([weight], Plan(steps=10**9, batch=1, lr=1.0, minutes=1e-9), CPU)
-    assert [trainer.step(weight.sum()) for _ in range(20)] == [True] * 19 + [False]
+    assert [trainer.step() for _ in range(20)] == [True] * 19 + [False]
 
 
 def test_recolouring_leaves_every_second_clip_and_the_range():
@@ -139,7 +142,8 @@ def _one_card(rank, port, queue):
     weights = [nn.Parameter(torch.full((3,), 1.0)), nn.Parameter(torch.zeros(2, 2))]
     trainer = Trainer(weights, Plan(5, 1, 0.1, warmup=1), cards)
     for _ in range(5):
-        trainer.step((weights[0] * (rank + 1)).sum() - (weights[1] * (3 - rank)).sum())
+        ((weights[0] * (rank + 1)).sum() - (weights[1] * (3 - rank)).sum()).backward()
+        trainer.step()
     queue.put((rank, [w.tolist() for w in weights]))
     dist.destroy_process_group()
 
@@ -160,7 +164,8 @@ def test_two_cards_take_the_step_of_the_mean_gradient():
     weights = [nn.Parameter(torch.full((3,), 1.0)), nn.Parameter(torch.zeros(2, 2))]
     trainer = Trainer(weights, Plan(5, 1, 0.1, warmup=1), CPU)
     for _ in range(5):
-        trainer.step((weights[0] * 1.5).sum() - (weights[1] * 2.5).sum())
+        ((weights[0] * 1.5).sum() - (weights[1] * 2.5).sum()).backward()
+        trainer.step()
     assert found[0] == found[1] == [w.tolist() for w in weights]
 
 
