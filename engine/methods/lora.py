@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Task
 from ..models.attention import TextStates
+from ..models.lora_linear import LoRALinear
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
@@ -69,21 +70,6 @@ class LoRA(AdamW):
         return LoRAAdapter(self, model, recipe_seed)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer and its addition. A: [rank, in]; B: [out, rank], both float32."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        device = base.weight.device
-        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-
-
 class LoRAAdapter:
     def __init__(self, settings: LoRA, model: STDiT3, recipe_seed: int) -> None:
         self.settings = settings
@@ -102,7 +88,7 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)])
+        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh)
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:
@@ -115,9 +101,15 @@ class LoRAAdapter:
                 f"rank must be at most {min(base.in_features, base.out_features)} for {target}, was {rank}"
             )
         adapter = LoRALinear(base, rank, self.settings.alpha)
+        if self.model.paths is not None and rank <= MAX_RANK:
+            adapter.extend()
         setattr(parent, name, adapter)
         self._slots.append((parent, name, base))
         self.adapters[f"layers.{index}.{target}"] = adapter
+
+    def _refresh(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.refresh()
 
     @torch.no_grad()
     def _start(self, name: str, adapter: LoRALinear, recipe_seed: int) -> Tensor:
@@ -189,12 +181,14 @@ class LoRAAdapter:
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
             adapter.A.copy_(random_of_equal_norm(adapter.A, start, generator))
             adapter.B.copy_(random_of_equal_norm(adapter.B, torch.zeros_like(adapter.B), generator))
+        self._refresh()
 
     @torch.no_grad()
     def restore(self) -> None:
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
             adapter.A.copy_(start)
             adapter.B.zero_()
+        self._refresh()
 
     def detach(self) -> None:
         for parent, name, base in self._slots:

@@ -62,12 +62,15 @@ def random_of_equal_norm(value: Tensor, start: Tensor, generator: torch.Generato
 class Masters:
     """Float32 masters of a list of parameters, in storage that lives as long as the method is attached.
 
-    A float32 parameter is its own master. `publish` sets the network's weights from the masters; `reset` takes the masters
-    back to given values.
+    A float32 parameter is its own master. `publish` sets the network's weights from the masters, and what is computed from
+    those (on_publish); `reset` takes the masters back to given values.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], on_publish: Callable[[], None] = lambda: None
+    ) -> None:
         self.parameters = list(parameters)
+        self.on_publish = on_publish
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
 
     def take_gradients(self) -> None:
@@ -82,6 +85,7 @@ class Masters:
         for parameter, master in zip(self.parameters, self.tensors, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+        self.on_publish()
 
     @torch.no_grad()
     def reset(self, values: Sequence[Tensor]) -> None:
