@@ -88,7 +88,7 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh)
+        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None)
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:
@@ -146,20 +146,22 @@ class LoRAAdapter:
             self.settings,
             loss,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            ahead=task.draw,
             on_step=on_step,
         )
 
     @torch.no_grad()
     def change(self) -> Change:
-        master = effective = torch.zeros((), dtype=torch.float64)
-        changed, dtype = 0, self.model.dtype
+        # One question to the device at the end, not several an adapter.
+        master = effective = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        changed, dtype = torch.zeros((), dtype=torch.int64, device=self.model.device), self.model.dtype
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
-            master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double().cpu()
+            master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double()
             added = adapter.scale * (adapter.B.to(dtype).float() @ adapter.A.to(dtype).float())
-            effective = effective + (added.norm() ** 2).double().cpu()
-            changed += int((adapter.B.to(dtype) != 0).sum()) + int((adapter.A.to(dtype) != start.to(dtype)).sum())
+            effective = effective + (added.norm() ** 2).double()
+            changed += (adapter.B.to(dtype) != 0).sum() + (adapter.A.to(dtype) != start.to(dtype)).sum()
         trained = sum(p.numel() for p in self.masters.parameters)
-        return Change(master.sqrt().item(), effective.sqrt().item(), changed, trained)
+        return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -185,9 +187,10 @@ class LoRAAdapter:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
-            adapter.A.copy_(start)
-            adapter.B.zero_()
+        adapters = self.adapters.values()
+        if adapters:
+            torch._foreach_copy_([a.A.detach() for a in adapters], self.start_A)
+            torch._foreach_zero_([a.B.detach() for a in adapters])
         self._refresh()
 
     def detach(self) -> None:
