@@ -234,7 +234,9 @@ class DeltaAdapter:
         from .delta_fit import draw_objective, fit
 
         rows = torch.cat([self.layer.range_of(c.state.timestep) for c in cached])
-        trace = fit(draw_objective(self.layer, self.used, cached), self.layer.d.detach(), rows, settings, settings.ridge)
+        trace = fit(
+            draw_objective(self.layer, self.used, cached), self.layer.d.detach(), rows, settings, settings.ridge
+        )
         trace.zero_losses = [zero_loss] * trace.steps
         for step, loss in enumerate(trace.losses):
             on_step(step, loss)

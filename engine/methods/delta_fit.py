@@ -13,7 +13,6 @@ from torch import Tensor
 from ...kernels.delta_features import linear_loss_and_gradient, pre_loss_and_gradient, prepare, residual_sums
 from .optimize import AdamW, Trace
 
-
 if TYPE_CHECKING:
     from .delta import CachedDraw, DeltaFinalLayer
 

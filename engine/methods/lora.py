@@ -88,7 +88,9 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None)
+        self.masters = Masters(
+            [p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None
+        )
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:

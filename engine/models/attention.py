@@ -86,9 +86,7 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, backends: tuple[str | None, ...] = DEFAULT.windows
-) -> Tensor:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, backends: tuple[str | None, ...] = DEFAULT.windows) -> Tensor:
     """Attention inside windows of 8 x 8 tokens by all frames; q, k, v and the result are [B, T, rows, cols, H, d].
 
     The grid falls into at most four regions of equal windows: the whole ones, a bottom strip, a right strip and a corner.

@@ -66,8 +66,7 @@ def _self_attention(
     rows = qk_norm_rope(qkv_BNE, *weights, geometry.window_cos, geometry.window_sin, grid, attn.q_norm.eps)
     regions = zip(*(split_windows(t, B, grid) for t in rows), strict=True)
     parts = [
-        attend(q, k, v, backend=name).flatten(0, 1)
-        for (q, k, v), name in zip(regions, backends.windows, strict=False)
+        attend(q, k, v, backend=name).flatten(0, 1) for (q, k, v), name in zip(regions, backends.windows, strict=False)
     ]
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(B, N, -1)
 

@@ -50,9 +50,7 @@ class _Extended(torch.autograd.Function):
     """Plain operations on any device, which a compiler sees through; B's value is read from the extended weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         A = down.to(x.dtype)
         columns = weight.shape[1] - x.shape[-1]
         z = F.linear(x, A)
