@@ -4,6 +4,9 @@ A step is some thirty tiny launches and one kernel of a fraction of a millisecon
 graph and replayed; nothing is asked of the device before the last step. Float32, and the arithmetic of torch's AdamW.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

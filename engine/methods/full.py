@@ -1,5 +1,8 @@
 """Full fine-tuning: every parameter of the network, with float32 masters."""
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,6 +4,9 @@ A and B are float32 (their own masters) and are cast to the input's dtype to com
 With the last n layers only, everything before them is constant for a fixed draw: it runs once and its output is kept.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,6 +4,9 @@ bfloat16 weights near 0.03 round away steps below about 6e-5, so steps are taken
 weights are set from them (arXiv:1710.03740, section 3.1). The penalties of regularised methods join through `penalty`.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite

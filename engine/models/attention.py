@@ -95,7 +95,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, backends: tuple[str | No
     strips, names = [], iter(backends)
     for top, bottom in _regions(rows):
         parts = [
-            _region_attention(*(t[:, :, top:bottom, left:right] for t in (q, k, v)), next(names))
+            _region_attention([t[:, :, top:bottom, left:right] for t in (q, k, v)], next(names))
             for left, right in _regions(cols)
         ]
         strips.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
@@ -108,9 +108,9 @@ def _regions(size: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in ((0, whole), (whole, size)) if b > a]
 
 
-def _region_attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> Tensor:
-    """Attention in a region that is a whole number of equal windows, [B, T, rows, cols, H, d]."""
-    B, T, rows, cols, H, d = q.shape
+def _region_attention(qkv: list[Tensor], backend: str | None) -> Tensor:
+    """Attention in a region that is a whole number of equal windows; q, k, v and the result are [B, T, rows, cols, H, d]."""
+    B, T, rows, cols, H, d = qkv[0].shape
     window_rows, window_cols = min(rows, WINDOW), min(cols, WINDOW)
     down, across = rows // window_rows, cols // window_cols
 
@@ -118,7 +118,8 @@ def _region_attention(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> T
         t = t.reshape(B, T, down, window_rows, across, window_cols, H, d)
         return t.permute(0, 2, 4, 1, 3, 5, 6, 7).reshape(B * down * across, T * window_rows * window_cols, H, d)
 
-    out = attend(to_windows(q), to_windows(k), to_windows(v), backend=backend)
+    q, k, v = (to_windows(t) for t in qkv)
+    out = attend(q, k, v, backend=backend)
     out = out.reshape(B, down, across, T, window_rows, window_cols, H, d).permute(0, 3, 1, 4, 2, 5, 6, 7)
     return out.reshape(B, T, rows, cols, H, d)
 

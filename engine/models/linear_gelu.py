@@ -3,6 +3,9 @@
 An operator of its own, because a compiler would take the library's call apart again. Without gradients alone.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

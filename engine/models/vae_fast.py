@@ -5,6 +5,8 @@ padding of their own; what lies between them (kernels/norm_silu_pad.py) keeps th
 cannot run (`triton` False) their references compute the same, and a compiler may fuse them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ LAST = torch.channels_last_3d
 
 class ChannelsLast(nn.Module):
     """An encoder or a decoder in the fast order. Holds no weights of its own: `coder` does, and is put channels last in place."""
+
+    coder: Any
 
     def __init__(self, coder: Encoder | Decoder, triton: bool) -> None:
         super().__init__()
