@@ -92,11 +92,17 @@ class Task:
         self.fps = torch.full((1,), fps, device=model.device)
         self._size = (*pixel_size, sampled_frames)
         self.grid = sampling_timesteps(sampling_steps, *self._size, size_dtype=model.dtype)
+        self._drawn: dict[int, Draw] = {}
 
     def draw(self, k: int) -> Draw:
-        """Draw k, cycling through `settings.draws` of them; on the model's device."""
+        """Draw k, cycling through `settings.draws` of them; on the model's device. The last two drawn are kept."""
         if self.settings.draws != "fresh":
             k = k % self.settings.draws
+        if k not in self._drawn:
+            self._drawn = dict([*self._drawn.items()][-1:]) | {k: self._draw(k)}
+        return self._drawn[k]
+
+    def _draw(self, k: int) -> Draw:
         generator = generator_for(self.recipe_seed, self.clip_id, "adaptation", k)
         if self.settings.timesteps == "sampler":
             # A golden-ratio sequence from a start of the clip's own: any few draws spread evenly over the grid.

@@ -70,8 +70,21 @@ def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, backend: str) -> Tens
     if backend not in SDPA:
         raise ValueError(f"attention back end must be one of {list(BACKENDS)}, was {backend!r}")
     q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BLHD, v_BLHD))
+    if q.is_cuda and backend != "math":
+        return _direct(q, k, v, backend).transpose(1, 2)
     with sdpa_kernel([SDPA[backend]]):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """The operation itself, which a compiler need not choose while it traces; the log-sum-exp is made where a backward needs it."""
+    aten = torch.ops.aten
+    if backend == "flash":
+        return aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if backend == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention(q, k, v, None, backward)[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, backward)[0]
 
 
 @dataclass(frozen=True)

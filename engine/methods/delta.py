@@ -208,6 +208,8 @@ class DeltaAdapter:
                 "draw; use more draws or fewer ranges"
             )
         zero_loss = torch.stack([c.zero_loss for c in cached]).mean()
+        if isinstance(self.settings, Delta) and self.model.paths is not None:
+            return self._fit(self.settings, cached, zero_loss.item(), on_step)
         if isinstance(self.settings, Delta):
             ridge, rows = self.settings.ridge, self.layer.d
             return optimize(
@@ -226,6 +228,19 @@ class DeltaAdapter:
             on_step(0, before)
             after = self.loss(cached).item()
         return Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+
+    def _fit(self, settings: Delta, cached: list[CachedDraw], zero_loss: float, on_step: OnStep) -> Trace:
+        """The same steps on the kernels of delta_features.py, all of them on the device; on_step follows."""
+        from .delta_fit import draw_objective, fit
+
+        rows = torch.cat([self.layer.range_of(c.state.timestep) for c in cached])
+        trace = fit(
+            draw_objective(self.layer, self.used, cached), self.layer.d.detach(), rows, settings, settings.ridge
+        )
+        trace.zero_losses = [zero_loss] * trace.steps
+        for step, loss in enumerate(trace.losses):
+            on_step(step, loss)
+        return trace
 
     def _solve(self, cached: list[CachedDraw], draws: int) -> Tensor:
         """argmin over d of (1 / draws) sum_k mean |r_k - M_k d|^2 + ridge |d|^2, in float64."""

@@ -1,5 +1,8 @@
 """Full fine-tuning: every parameter of the network, with float32 masters."""
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +41,7 @@ class FullAdapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
-        self.masters = Masters(list(self.trained.values()))
+        self.masters = Masters(list(self.trained.values()), fused=model.paths is not None)
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
         self.masters.reset(self.base)
@@ -47,17 +50,19 @@ class FullAdapter:
             self.settings,
             lambda step: task.loss(task.draw(step)),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            ahead=task.draw,
             on_step=on_step,
         )
 
     @torch.no_grad()
     def change(self) -> Change:
-        master = effective = torch.zeros((), dtype=torch.float64)
-        changed = torch.zeros((), dtype=torch.int64)
+        device = self.model.device  # one question to the device at the end, not three a tensor
+        master = effective = torch.zeros((), dtype=torch.float64, device=device)
+        changed = torch.zeros((), dtype=torch.int64, device=device)
         for tensor, parameter, base in zip(self.masters.tensors, self.trained.values(), self.base, strict=True):
-            master = master + (tensor.float() - base.float()).norm().double().cpu() ** 2
-            effective = effective + (parameter.float() - base.float()).norm().double().cpu() ** 2
-            changed = changed + (parameter != base).sum().cpu()
+            master = master + (tensor.float() - base.float()).norm().double() ** 2
+            effective = effective + (parameter.float() - base.float()).norm().double() ** 2
+            changed = changed + (parameter != base).sum()
         trained = sum(p.numel() for p in self.trained.values())
         return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
 
@@ -91,5 +96,4 @@ class FullAdapter:
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.trained.values(), values, strict=True):
-            parameter.copy_(value)
+        torch._foreach_copy_([p.detach() for p in self.trained.values()], values)

@@ -4,6 +4,9 @@ A and B are float32 (their own masters) and are cast to the input's dtype to com
 With the last n layers only, everything before them is constant for a fixed draw: it runs once and its output is kept.
 """
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Task
 from ..models.attention import TextStates
+from ..models.lora_linear import LoRALinear
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
@@ -69,21 +73,6 @@ class LoRA(AdamW):
         return LoRAAdapter(self, model, recipe_seed)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer and its addition. A: [rank, in]; B: [out, rank], both float32."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = alpha / rank
-        device = base.weight.device
-        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-
-
 class LoRAAdapter:
     def __init__(self, settings: LoRA, model: STDiT3, recipe_seed: int) -> None:
         self.settings = settings
@@ -102,7 +91,9 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)])
+        self.masters = Masters(
+            [p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None
+        )
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:
@@ -115,9 +106,15 @@ class LoRAAdapter:
                 f"rank must be at most {min(base.in_features, base.out_features)} for {target}, was {rank}"
             )
         adapter = LoRALinear(base, rank, self.settings.alpha)
+        if self.model.paths is not None and rank <= MAX_RANK:
+            adapter.extend()
         setattr(parent, name, adapter)
         self._slots.append((parent, name, base))
         self.adapters[f"layers.{index}.{target}"] = adapter
+
+    def _refresh(self) -> None:
+        for adapter in self.adapters.values():
+            adapter.refresh()
 
     @torch.no_grad()
     def _start(self, name: str, adapter: LoRALinear, recipe_seed: int) -> Tensor:
@@ -154,20 +151,22 @@ class LoRAAdapter:
             self.settings,
             loss,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            ahead=task.draw,
             on_step=on_step,
         )
 
     @torch.no_grad()
     def change(self) -> Change:
-        master = effective = torch.zeros((), dtype=torch.float64)
-        changed, dtype = 0, self.model.dtype
+        # One question to the device at the end, not several an adapter.
+        master = effective = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        changed, dtype = torch.zeros((), dtype=torch.int64, device=self.model.device), self.model.dtype
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
-            master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double().cpu()
+            master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double()
             added = adapter.scale * (adapter.B.to(dtype).float() @ adapter.A.to(dtype).float())
-            effective = effective + (added.norm() ** 2).double().cpu()
-            changed += int((adapter.B.to(dtype) != 0).sum()) + int((adapter.A.to(dtype) != start.to(dtype)).sum())
+            effective = effective + (added.norm() ** 2).double()
+            changed += (adapter.B.to(dtype) != 0).sum() + (adapter.A.to(dtype) != start.to(dtype)).sum()
         trained = sum(p.numel() for p in self.masters.parameters)
-        return Change(master.sqrt().item(), effective.sqrt().item(), changed, trained)
+        return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -189,12 +188,15 @@ class LoRAAdapter:
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
             adapter.A.copy_(random_of_equal_norm(adapter.A, start, generator))
             adapter.B.copy_(random_of_equal_norm(adapter.B, torch.zeros_like(adapter.B), generator))
+        self._refresh()
 
     @torch.no_grad()
     def restore(self) -> None:
-        for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
-            adapter.A.copy_(start)
-            adapter.B.zero_()
+        adapters = self.adapters.values()
+        if adapters:
+            torch._foreach_copy_([a.A.detach() for a in adapters], self.start_A)
+            torch._foreach_zero_([a.B.detach() for a in adapters])
+        self._refresh()
 
     def detach(self) -> None:
         for parent, name, base in self._slots:

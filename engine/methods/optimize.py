@@ -4,8 +4,12 @@ bfloat16 weights near 0.03 round away steps below about 6e-5, so steps are taken
 weights are set from them (arXiv:1710.03740, section 3.1). The penalties of regularised methods join through `penalty`.
 """
 
-from collections.abc import Callable, Sequence
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor and fused operations under private names alone)
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -62,12 +66,21 @@ def random_of_equal_norm(value: Tensor, start: Tensor, generator: torch.Generato
 class Masters:
     """Float32 masters of a list of parameters, in storage that lives as long as the method is attached.
 
-    A float32 parameter is its own master. `publish` sets the network's weights from the masters; `reset` takes the masters
-    back to given values.
+    A float32 parameter is its own master. `publish` sets the network's weights from the masters, and what is computed from
+    those (on_publish); `reset` takes the masters back to given values. fused: take steps by fused_adamw.py, a few parameters
+    at a time, without float32 gradients of all of them.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        on_publish: Callable[[], None] = lambda: None,
+        *,
+        fused: bool = False,
+    ) -> None:
         self.parameters = list(parameters)
+        self.on_publish = on_publish
+        self.fused = fused
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
 
     def take_gradients(self) -> None:
@@ -79,14 +92,15 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        for parameter, master in zip(self.parameters, self.tensors, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+        pairs = [(p, m) for p, m in zip(self.parameters, self.tensors, strict=True) if m is not p]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+        self.on_publish()
 
     @torch.no_grad()
     def reset(self, values: Sequence[Tensor]) -> None:
-        for master, value in zip(self.tensors, values, strict=True):
-            master.copy_(value)
+        if self.tensors:
+            torch._foreach_copy_([t.detach() for t in self.tensors], list(values))
 
 
 def optimize(
@@ -96,42 +110,116 @@ def optimize(
     *,
     zero_loss: Callable[[int], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    ahead: Callable[[int], object] = lambda step: None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Trace:
     """Take `settings.steps` steps on loss(step) + penalty(); the optimizer's moments start from zero.
 
-    on_step(step, loss) runs after each step and may raise to stop. Raises FloatingPointError at a loss that is not finite.
+    ahead(step) may prepare a step while the device works on the one before. on_step(step, loss) runs after each step and may
+    raise to stop. Raises FloatingPointError at a loss that is not finite.
     """
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
-    optimizer = torch.optim.AdamW(
-        masters.tensors, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay
-    )
+    optimizer = FusedAdamW(masters, settings) if masters.fused else PlainAdamW(masters, settings)
     trace = Trace()
     try:
         for step in range(settings.steps):
             value = loss(step)
             total = value if penalty is None else value + penalty()
             total.backward()
-            masters.take_gradients()
-            grads = [m.grad for m in masters.tensors if m.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            if settings.gradient_clip:
-                torch.nn.utils.clip_grads_with_norm_(masters.tensors, settings.gradient_clip, norm)
+            norm = optimizer.gradient_norm()
+            zero = None if zero_loss is None else zero_loss(step)
+            if step + 1 < settings.steps:
+                ahead(step + 1)
             number = value.item()
-            if not (torch.isfinite(value).item() and torch.isfinite(norm).item()):
+            if not (isfinite(number) and isfinite(norm.item())):
                 raise FloatingPointError(
                     f"the loss or its gradient is not finite at step {step}; a smaller lr may help"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            masters.publish()
+            optimizer.step(norm)
             trace.steps += 1
             trace.losses.append(number)
             trace.gradient_norms.append(norm.item())
-            if zero_loss is not None:
-                trace.zero_losses.append(zero_loss(step).item())
+            if zero is not None:
+                trace.zero_losses.append(zero.item())
             on_step(step, number)
     finally:
         for tensor in (*masters.tensors, *masters.parameters):
             tensor.grad = None
     return trace
+
+
+class PlainAdamW:
+    """torch's AdamW on float32 copies of the gradients."""
+
+    def __init__(self, masters: Masters, settings: AdamW) -> None:
+        self.masters, self.settings = masters, settings
+        self.optimizer = torch.optim.AdamW(
+            masters.tensors, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay
+        )
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradient that `backward` left, over all parameters."""
+        self.masters.take_gradients()
+        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.tensors if m.grad is not None])
+
+    def step(self, norm: Tensor) -> None:
+        """Clip, step, and set the network's weights."""
+        if self.settings.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.masters.tensors, self.settings.gradient_clip, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
+
+
+class FusedAdamW:
+    """The same step by torch's fused kernel: cast, clip, step and publish a bounded number of parameters at a time."""
+
+    GROUP = 2**26  # numbers whose float32 gradients exist at once: 256 MiB
+
+    def __init__(self, masters: Masters, settings: AdamW) -> None:
+        self.masters, self.settings = masters, settings
+        with torch.no_grad():
+            self.first = [torch.zeros_like(m) for m in masters.tensors]
+            self.second = [torch.zeros_like(m) for m in masters.tensors]
+        self.count = [torch.zeros((), device=m.device) for m in masters.tensors]
+
+    def gradient_norm(self) -> Tensor:
+        grads = [p.grad for p in self.masters.parameters if p.grad is not None]
+        return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
+
+    @torch.no_grad()
+    def step(self, norm: Tensor) -> None:
+        s, m = self.settings, self.masters
+        # The kernel divides gradients by this number: clip_grad_norm_'s rule, without a pass of its own.
+        divisor = (norm + 1e-6).div(s.gradient_clip).clamp(min=1.0) if s.gradient_clip else torch.ones_like(norm)
+        for group in self._groups():
+            parameters, masters = [m.parameters[i] for i in group], [m.tensors[i].detach() for i in group]
+            torch._fused_adamw_(
+                masters, [p.grad.float() for p in parameters if p.grad is not None],
+                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group),
+                lr=s.lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
+                amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
+            )  # fmt: skip
+            for parameter in parameters:
+                parameter.grad = None
+        m.publish()
+
+    def _counted(self, group: list[int]) -> list[Tensor]:
+        counts = [self.count[i] for i in group]
+        torch._foreach_add_(counts, 1)
+        return counts
+
+    def _groups(self) -> Iterator[list[int]]:
+        """Indices of the parameters that have a gradient, in groups of about GROUP numbers."""
+        group: list[int] = []
+        size = 0
+        for i, parameter in enumerate(self.masters.parameters):
+            if parameter.grad is None:
+                continue
+            group.append(i)
+            size += parameter.numel()
+            if size >= self.GROUP:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group

@@ -1,4 +1,7 @@
-"""Self-attention inside a frame or a window, and cross-attention to text. Plain PyTorch; the reference for faster paths."""
+"""Self-attention inside a frame or a window, and cross-attention to text. Plain PyTorch; the reference for faster paths.
+
+Which implementation of attention runs is PyTorch's choice, or that of `Backends` (paths.py makes them from measurements).
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,8 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.attention import attend as attend_by
 from .geometry import WINDOW, Geometry
 from .rope import apply_rope
+
+
+class Backends(NamedTuple):
+    """Implementations of attention by name (kernels/attention.py); None leaves the choice to PyTorch."""
+
+    frames: str | None = None
+    windows: tuple[str | None, ...] = (None,) * 4
+    """Of each region of equal windows, in the order of `windowed_attention`."""
+    cross: str | None = None
+    """Of attention to a caption without mask."""
+
+
+DEFAULT = Backends()
 
 
 class RMSNorm(nn.Module):
@@ -40,38 +57,46 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(dim // heads)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor, geometry: Geometry) -> Tensor:
+    def forward(self, x_BND: Tensor, geometry: Geometry, backends: Backends = DEFAULT) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
         q, k = self.q_norm(q), self.k_norm(k)
         grid = (geometry.frames, geometry.rows, geometry.cols)
         if self.windowed:
             cos, sin = geometry.window_cos, geometry.window_sin
             q, k, v = (t.unflatten(1, grid) for t in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
-            out = windowed_attention(q, k, v).flatten(1, 3)
+            out = windowed_attention(q, k, v, backends.windows).flatten(1, 3)
         else:
             q, k, v = (t.unflatten(1, (geometry.frames, -1)).flatten(0, 1) for t in (q, k, v))  # [B * T, S, H, d]
             cos, sin = geometry.spatial_cos, geometry.spatial_sin
-            out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+            out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, backend=backends.frames)
             out = out.unflatten(0, (-1, geometry.frames)).flatten(1, 2)
         return self.proj(out.flatten(2))
 
 
-def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for each head, [B, N, H, d]; mask: [B, 1, 1, L] bool, True where a key may be seen."""
+def attend(
+    q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head, [B, N, H, d]; mask: [B, 1, 1, L] bool, True where a key may be seen.
+
+    With a mask the choice is PyTorch's: few implementations take one.
+    """
+    if backend is not None and mask is None:
+        return attend_by(q_BNHD, k_BLHD, v_BLHD, backend)
     q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, backends: tuple[str | None, ...] = DEFAULT.windows) -> Tensor:
     """Attention inside windows of 8 x 8 tokens by all frames; q, k, v and the result are [B, T, rows, cols, H, d].
 
     The grid falls into at most four regions of equal windows: the whole ones, a bottom strip, a right strip and a corner.
     """
     rows, cols = q.shape[2:4]
-    strips = []
+    strips, names = [], iter(backends)
     for top, bottom in _regions(rows):
         parts = [
-            _region_attention(*(t[:, :, top:bottom, left:right] for t in (q, k, v))) for left, right in _regions(cols)
+            _region_attention([t[:, :, top:bottom, left:right] for t in (q, k, v)], next(names))
+            for left, right in _regions(cols)
         ]
         strips.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
     return torch.cat(strips, dim=2) if len(strips) > 1 else strips[0]
@@ -83,9 +108,9 @@ def _regions(size: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in ((0, whole), (whole, size)) if b > a]
 
 
-def _region_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in a region that is a whole number of equal windows, [B, T, rows, cols, H, d]."""
-    B, T, rows, cols, H, d = q.shape
+def _region_attention(qkv: list[Tensor], backend: str | None) -> Tensor:
+    """Attention in a region that is a whole number of equal windows; q, k, v and the result are [B, T, rows, cols, H, d]."""
+    B, T, rows, cols, H, d = qkv[0].shape
     window_rows, window_cols = min(rows, WINDOW), min(cols, WINDOW)
     down, across = rows // window_rows, cols // window_cols
 
@@ -93,7 +118,8 @@ def _region_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t = t.reshape(B, T, down, window_rows, across, window_cols, H, d)
         return t.permute(0, 2, 4, 1, 3, 5, 6, 7).reshape(B * down * across, T * window_rows * window_cols, H, d)
 
-    out = attend(to_windows(q), to_windows(k), to_windows(v))
+    q, k, v = (to_windows(t) for t in qkv)
+    out = attend(q, k, v, backend=backend)
     out = out.reshape(B, down, across, T, window_rows, window_cols, H, d).permute(0, 3, 1, 4, 2, 5, 6, 7)
     return out.reshape(B, T, rows, cols, H, d)
 
@@ -112,6 +138,13 @@ class TextStates:
     def at(self, layer: int) -> "LayerText":
         """What one layer sees."""
         return LayerText(self.keys[layer], self.values[layer], self.mask)
+
+    def mark_length(self) -> None:
+        """Tell the compiler that the number of tokens varies: captions of other lengths then share one graph."""
+        for tensor in (*self.keys, *self.values):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        if self.mask is not None:
+            torch._dynamo.maybe_mark_dynamic(self.mask, 3)
 
 
 class LayerText(NamedTuple):
@@ -137,14 +170,21 @@ class CrossAttention(nn.Module):
         k, v = self.kv_linear(text_BLD).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return k, v
 
-    def forward(self, x_BND: Tensor, text: LayerText, known_text: LayerText | None, geometry: Geometry) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        text: LayerText,
+        known_text: LayerText | None,
+        geometry: Geometry,
+        backends: Backends = DEFAULT,
+    ) -> Tensor:
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         if known_text is None or geometry.known == 0:
-            out = attend(q, text.keys, text.values, text.mask)
+            out = attend(q, text.keys, text.values, text.mask, backends.cross)
         else:
             split = geometry.known_tokens
             k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (known_text.keys, known_text.values))
-            known = attend(q[:, :split], k, v, known_text.mask)
-            rest = attend(q[:, split:], text.keys, text.values, text.mask)
+            known = attend(q[:, :split], k, v, known_text.mask, backends.cross)
+            rest = attend(q[:, split:], text.keys, text.values, text.mask, backends.cross)
             out = torch.cat([known, rest], dim=1)
         return self.proj(out.flatten(2))

@@ -9,16 +9,20 @@ Axes: B samples, T latent frames, S tokens a frame, N = T * S, D hidden, L capti
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CrossAttention, LayerText, SelfAttention, TextStates
+from .attention import DEFAULT, Backends, CrossAttention, LayerText, SelfAttention, TextStates
 from .geometry import Geometry, build_geometry
 from .rope import Rope
+
+if TYPE_CHECKING:
+    from .paths import Paths
 
 # Fields of the published config.json that choose kernels or training behaviour, not the function computed here.
 # fmt: off
@@ -112,8 +116,12 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim_in, hidden)
         self.fc2 = nn.Linear(hidden, dim_out)
+        self.first: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Product and activation in one, of x, weight and bias; serves where nothing is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first is not None and isinstance(self.fc1, nn.Linear) and not torch.is_grad_enabled():
+            return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -149,12 +157,13 @@ class Layer(nn.Module):
         text: LayerText,
         known_text: LayerText | None,
         geometry: Geometry,
+        backends: Backends = DEFAULT,
     ) -> Tensor:
         vectors = (self.scale_shift_table + modulation_B6D).unsqueeze(2).unbind(1)  # each [B, 1, D]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors
         x = x_BND
-        x = x + gate_a * self.attn(layer_norm(x) * (1 + scale_a) + shift_a, geometry)
-        x = x + self.cross_attn(x, text, known_text, geometry)
+        x = x + gate_a * self.attn(layer_norm(x) * (1 + scale_a) + shift_a, geometry, backends)
+        x = x + self.cross_attn(x, text, known_text, geometry, backends)
         return x + gate_m * self.mlp(layer_norm(x) * (1 + scale_m) + shift_m)
 
 
@@ -223,6 +232,8 @@ class STDiT3(nn.Module):
         self.spatial_blocks = nn.ModuleList(Layer(config, windowed=False) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(Layer(config, windowed=True) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, 2 * channels)
+        self.paths: Paths | None = None
+        """How the layers are computed; None is the plain path (paths.py)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -299,9 +310,10 @@ class STDiT3(nn.Module):
     ) -> Embedded:
         """The state after layers start .. stop - 1 (all by default)."""
         tokens = state.tokens
+        run = Layer.__call__ if self.paths is None else self.paths.prepare(self, tokens, (text, known_text), geometry)
         for index, layer in list(enumerate(self.layers))[start:stop]:
             known = None if known_text is None else known_text.at(index)
-            tokens = layer(tokens, state.modulation, text.at(index), known, geometry)
+            tokens = run(layer, tokens, state.modulation, text.at(index), known, geometry)
         return state._replace(tokens=tokens)
 
     def head(self, state: Embedded, geometry: Geometry) -> Tensor:

@@ -9,7 +9,7 @@ Axes: B samples, C channels, F pixel frames, T latent frames, H x W pixels, h x 
 Pixels are in [-1, 1]. Latents are those of the DiT: (z - mean) / std for each channel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -162,6 +162,8 @@ class VAE(nn.Module):
         shared = {"ch": config.ch, "ch_mult": config.ch_mult, "z_channels": config.z_channels}
         self.encoder = Encoder(**shared, num_res_blocks=config.num_res_blocks, in_channels=config.in_channels)
         self.decoder = Decoder(**shared, num_res_blocks=config.num_res_blocks + 1, out_ch=config.out_ch)
+        self.fast: dict[str, Callable[[Tensor], Tensor]] = {}
+        """What runs in place of `encoder` and `decoder` (vae_fast.py); empty on the plain path."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -180,7 +182,8 @@ class VAE(nn.Module):
             raise ValueError(f"VAE: pixels are {shape}; they must be [B, {C}, F, H, W], H and W multiples of {size}.")
         pixels_BCFHW = pixels_BCFHW.to(self.dtype)
         starts = range(0, max(shape[2] - 1, 1), STRIDE)
-        chunks = [_each_sample(self.encoder, pixels_BCFHW[:, :, start : start + CHUNK_FRAMES]) for start in starts]
+        encoder = self.fast.get("encoder", self.encoder)
+        chunks = [_each_sample(encoder, pixels_BCFHW[:, :, start : start + CHUNK_FRAMES]) for start in starts]
         mean_BCThw, logvar_BCThw = torch.cat(chunks, dim=2).chunk(2, dim=1)
         return mean_BCThw, logvar_BCThw.clamp(-30.0, 20.0)
 
@@ -217,16 +220,17 @@ class VAE(nn.Module):
         # Chunk i holds pixel frames 16i to 16i + 16; the first is averaged with the last of the chunk before.
         first = max(frames.start - 1, 0) // STRIDE
         last = min((frames.stop - 1) // STRIDE, len(chunks) - 1)
-        pieces = [_each_sample(self.decoder, chunks[first])]
+        decoder = self.fast.get("decoder", self.decoder)
+        pieces = [_each_sample(decoder, chunks[first])]
         for chunk in chunks[first + 1 : last + 1]:
-            before, after = pieces.pop(), _each_sample(self.decoder, chunk)
+            before, after = pieces.pop(), _each_sample(decoder, chunk)
             both = 0.5 * (before[:, :, -1:] + after[:, :, :1])
             pieces += [before[:, :, :-1], both, after[:, :, 1:]]
         start = STRIDE * first
         return torch.cat(pieces, dim=2)[:, :, frames.start - start : frames.stop - start]
 
 
-def _each_sample(coder: nn.Module, chunk_BCTHW: Tensor) -> Tensor:
+def _each_sample(coder: Callable[[Tensor], Tensor], chunk_BCTHW: Tensor) -> Tensor:
     return torch.cat([coder(sample_1CTHW) for sample_1CTHW in chunk_BCTHW.split(1)])
 
 

@@ -1,0 +1,312 @@
+"""The rows of `bench.steps`: what is run at the model's real shapes, on which paths. Each row stands alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor
+
+from ..engine.adaptation import AdaptationSettings
+from ..engine.clip import encode_known, sample_continuation, task_of
+from ..engine.denoiser import Denoiser
+from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
+from ..engine.methods.delta import DeltaAdapter
+from ..engine.methods.protocol import Adapter, Method
+from ..engine.models.paths import use_paths
+from ..engine.models.stdit3 import Condition
+from ..engine.models.vae_fast import use_channels_last, use_plain
+from ..kernels.attention import Shape, choose, measure, self_attention_shapes
+from .step_scene import Scene
+
+Row = dict[str, Any]
+FIXED = AdaptationSettings(timesteps="sampler", draws=8)
+
+
+@contextmanager
+def on(scene: Scene, name: str) -> Iterator[None]:
+    """Compute the layers by a named path for a while; graphs of the path before are forgotten, so they cost no memory."""
+    use_paths(scene.experiment.dit, scene.paths(name))
+    try:
+        yield
+    finally:
+        use_paths(scene.experiment.dit, None)
+
+
+def attention(scene: Scene) -> Row:
+    """Measure the attention back ends at the shapes of adapting and sampling, and keep the choice for the other rows."""
+    config, window = scene.experiment.dit.config, scene.experiment.window
+    heads, dim, dtype = config.num_heads, config.hidden_size // config.num_heads, scene.experiment.dit.dtype
+    backends = ("cudnn", "flash", "efficient") if scene.device.type == "cuda" else ("flash", "math")
+    adapted, sampled = scene.grid(window.known_latents), scene.grid(window.latent_frames)
+    wanted = [(1, adapted, True), (1, adapted, False), (1, sampled, False), (3, sampled, False)]
+    rows: list[Row] = []
+    for samples, grid, training in wanted:
+        shapes = self_attention_shapes(samples, grid, heads, dim)
+        rows += measure(shapes, scene.device, dtype, training=training, backends=backends, runs=5)
+    scene.choice = choose(rows)
+    # To a caption: recorded only. Flash serves there, as it takes any number of keys, forward and backward.
+    unknown = (window.latent_frames - window.known_latents) * sampled.rows * sampled.cols
+    for training in (False, True):
+        shape = Shape(1, unknown, scene.length, heads, dim)
+        rows += measure([shape], scene.device, dtype, training=training, backends=backends, runs=5)
+    return {"backends": rows}
+
+
+def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
+    """One evaluation of the guidance branches: a sampling step."""
+
+    def run(scene: Scene) -> Row:
+        _, C, K, h, w = scene.known.latents.shape
+        T = scene.experiment.window.latent_frames
+        z = torch.randn(1, C, T, h, w, generator=torch.Generator().manual_seed(2)).to(scene.device)
+        t = torch.tensor(600.0, device=scene.device)
+
+        def denoiser(length: int) -> Denoiser:
+            given = torch.zeros(1, C, T, h, w, dtype=scene.known.latents.dtype, device=scene.device)
+            mask = torch.zeros_like(given)
+            given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
+            dit = scene.experiment.dit
+            geometry = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K)))
+            return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
+
+        with on(scene, path), torch.no_grad():
+            step = denoiser(scene.length)
+            row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
+            row |= compared(scene, f"sampling {branches}", torch.cat(found), row)
+            before = scene.watch.graphs()
+            if path != "eager":
+                for length in scene.lengths:
+                    denoiser(length)(z, t, all_branches=branches == 3)
+                row |= {"caption_lengths": list(scene.lengths), **scene.watch.graphs(before)}
+        return row
+
+    return run
+
+
+def compared(scene: Scene, kind: str, found: Tensor, row: Row) -> Row:
+    """Relative distance from what the first row of this kind computed (eager, in the same dtype: it rounds as well)."""
+    found = found.detach().float()
+    if not found.isfinite().all():
+        raise ArithmeticError(f"the result is not finite (it took {row['ms']:.3f} ms)")
+    if kind not in scene.truth:
+        scene.truth[kind] = found.cpu()
+        return {}
+    truth = scene.truth[kind].to(found.device)
+    error = ((found - truth).norm() / truth.norm()).item()
+    if not error < 0.05:
+        raise ArithmeticError(
+            f"relative distance {error:.3g} from the eager path's result, allowed 0.05 (it took {row['ms']:.3f} ms)"
+        )
+    return {"distance_from_eager": error}
+
+
+def training(
+    method: Method, path: str, budget: float = 1.0, adaptation: AdaptationSettings | None = None
+) -> Callable[[Scene], Row]:
+    """Steps of a method on the known latents, by the method's own loop: wall time from step to step, draws and logging included.
+
+    budget: which part of what the compiler would keep for the backward may be kept; the rest is computed again.
+    """
+
+    def run(scene: Scene) -> Row:
+        experiment = replace(scene.experiment, adaptation=adaptation or scene.experiment.adaptation)
+        with on(scene, path), patched_budget(budget):
+            adapter = method.attach(experiment.dit, 0)
+            try:
+                row, trace = scene.watch.steps(
+                    lambda tick: adapter.adapt(task_of(experiment, scene.known), tick), adapter.restore
+                )
+                row |= {"losses": [trace.losses[0], trace.losses[-1]], "trained": adapter.change().trained}
+                row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses), row)
+                if path != "eager":
+                    before = scene.watch.graphs()
+                    for length in scene.lengths:
+                        known = replace(scene.known, prompt=scene.caption(length))
+                        task = task_of(experiment, known)
+                        task.loss(task.draw(0)).backward()
+                    row |= {"caption_lengths": list(scene.lengths), **scene.watch.graphs(before)}
+                row["restore_ms"] = scene.watch.once(adapter.restore)
+                left = adapter.change().changed
+                if left:
+                    raise ArithmeticError(f"restoring left {left} numbers changed")
+            finally:
+                adapter.detach()
+                for parameter in experiment.dit.parameters():
+                    parameter.grad = None
+        return row
+
+    return run
+
+
+@contextmanager
+def patched_budget(budget: float) -> Iterator[None]:
+    before = functorch_config.activation_memory_budget
+    functorch_config.activation_memory_budget = budget
+    try:
+        yield
+    finally:
+        functorch_config.activation_memory_budget = before
+
+
+def delta_features(path: str) -> Callable[[Scene], Row]:
+    """Features of 8 draws, without gradients."""
+
+    def run(scene: Scene) -> Row:
+        experiment = replace(scene.experiment, adaptation=FIXED)
+        with on(scene, path):
+            adapter = Delta(site="pre").attach(experiment.dit, 0)
+            try:
+                task = task_of(experiment, scene.known)
+                for k in range(8):
+                    task.draw(k)
+                row, cached = scene.watch.measure(lambda: adapter.cache(task), runs=3)
+                row |= compared(scene, "features", torch.cat([c.state.tokens for c in cached]), row)
+                row["ms_a_draw"] = row["ms"] / 8
+            finally:
+                adapter.detach()
+        return row
+
+    return run
+
+
+def delta_steps(site: str, fast: bool) -> Callable[[Scene], Row]:
+    """Steps on cached features, or the closed form; the features are made before."""
+
+    def run(scene: Scene) -> Row:
+        experiment = replace(scene.experiment, adaptation=FIXED)
+        closed = site.endswith("closed")
+        method = (
+            DeltaClosedForm(site="mid") if closed else Delta(site=site, steps=scene.delta_steps)  # type: ignore[arg-type]
+        )
+        with on(scene, "fused, not compiled" if fast else "eager"):
+            adapter = method.attach(experiment.dit, 0)
+            try:
+                task = task_of(experiment, scene.known)
+                cached = scene.truth.get("cached") or adapter.cache(task)
+                scene.truth["cached"] = cached
+                kept = DeltaAdapter.cache
+                DeltaAdapter.cache = lambda self, task: cached  # type: ignore[method-assign]
+                try:
+                    adapter.adapt(task, lambda step, loss: None)
+                    adapter.restore()
+                    row, trace = scene.watch.wall(lambda: adapter.adapt(task, lambda step, loss: None), adapter.restore)
+                finally:
+                    DeltaAdapter.cache = kept  # type: ignore[method-assign]
+                row |= {"losses": [trace.losses[0], trace.losses[-1]], "steps": trace.steps}
+                row |= compared(scene, f"delta {site}", torch.tensor(trace.losses), row)
+            finally:
+                adapter.detach()
+        return row
+
+    return run
+
+
+def vae(order: str, what: str) -> Callable[[Scene], Row]:
+    """Encode the known frames, or decode the chunks that hold the scored ones. order: plain, last (channels last)."""
+
+    def run(scene: Scene) -> Row:
+        experiment, window = scene.experiment, scene.experiment.window
+        generator = torch.Generator().manual_seed(3)
+        shape = (*scene.known.latents.shape[:2], window.latent_frames, *scene.known.latents.shape[3:])
+        latents = torch.randn(shape, generator=generator).to(scene.device)
+        if order != "plain":
+            use_channels_last(experiment.vae, "triton" in order, "compiled" in order)
+        try:
+            with torch.no_grad():
+                if what == "encode":
+                    row, found = scene.watch.measure(lambda: encode_known(experiment.vae, scene.pixels, window), runs=3)
+                else:
+                    row, found = scene.watch.measure(lambda: experiment.vae.decode(latents, window.generated), runs=3)
+            row |= compared(scene, f"vae {what}", found, row)
+        finally:
+            use_plain(experiment.vae)
+        return row
+
+    return run
+
+
+def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
+    """A clip's phases after one another: encode, 20 LoRA steps, 30 sampling steps, decode, restore. The first is a warm-up."""
+
+    def run(scene: Scene) -> Row:
+        experiment, seconds = scene.experiment, {}
+        method: Method = LoRA(steps=20) if adapted else NoAdaptation()
+        if order != "plain":
+            use_channels_last(experiment.vae, triton=True)
+        with on(scene, path):
+            adapter: Adapter = method.attach(experiment.dit, 0)
+            try:
+                for short in (True, False):
+                    one = replace(experiment, sampler=replace(experiment.sampler, steps=2, force_steps=0))
+                    run_one = one if short else experiment
+                    scene.watch.reset_peak()
+                    clock = scene.watch.phases()
+                    known = replace(scene.known, latents=encode_known(run_one.vae, scene.pixels, run_one.window))
+                    clock("encode")
+                    if adapted:
+                        adapter.adapt(task_of(run_one, known), lambda step, loss: None)
+                    clock("adapt")
+                    with torch.no_grad():
+                        latents, _ = sample_continuation(run_one, known, adapter, lambda *_: None)
+                        clock("sample")
+                        pixels = run_one.vae.decode(latents, run_one.window.generated)
+                    clock("decode")
+                    adapter.restore()
+                    clock("restore")
+                    seconds = dict(clock.seconds)  # type: ignore[attr-defined]
+                if not pixels.isfinite().all():
+                    raise ArithmeticError("the decoded frames are not finite")
+                row = {"seconds": seconds, "ms": 1e3 * sum(seconds.values()), "peak_gib": scene.watch.peak()}
+            finally:
+                adapter.detach()
+                use_plain(experiment.vae)
+        return row
+
+    return run
+
+
+LORA, FULL = LoRA(steps=8), FullFineTuning(steps=6)
+
+ROWS: dict[str, Callable[[Scene], Row]] = {
+    "attention": attention,
+    "sample3 eager": sampling("eager", 3),
+    "sample3 fused": sampling("fused", 3),
+    "sample3 fused, not compiled": sampling("fused, not compiled", 3),
+    "vae encode plain": vae("plain", "encode"),
+    "vae encode last triton": vae("last triton", "encode"),
+    "vae decode plain": vae("plain", "decode"),
+    "vae decode last triton": vae("last triton", "decode"),
+    "lora eager": training(LORA, "eager"),
+    "lora fused": training(LORA, "fused"),
+    "lora fused, not compiled": training(LORA, "fused, not compiled"),
+    "delta features eager": delta_features("eager"),
+    "delta features fused, not compiled": delta_features("fused, not compiled"),
+    "delta steps pre eager": delta_steps("pre", fast=False),
+    "delta steps pre fast": delta_steps("pre", fast=True),
+    "delta steps mid fast": delta_steps("mid", fast=True),
+    "delta closed": delta_steps("mid closed", fast=False),
+    "sample1 eager": sampling("eager", 1),
+    "sample1 fused": sampling("fused", 1),
+    "full eager": training(FULL, "eager"),
+    "full fused": training(FULL, "fused"),
+    "clip lora fused": whole("fused", "last", adapted=True),
+    "sample3 compiled": sampling("compiled", 3),
+    "sample3 compiled + attention": sampling("compiled + attention", 3),
+    "lora compiled": training(LORA, "compiled"),
+    "lora compiled + attention": training(LORA, "compiled + attention"),
+    "lora fused, budget 0.7": training(LORA, "fused", budget=0.7),
+    "full compiled": training(FULL, "compiled"),
+    "full fused, not compiled": training(FULL, "fused, not compiled"),
+    "delta features fused": delta_features("fused"),
+    "sample3 fused - gelu": sampling("fused - gelu", 3),
+    "sample3 fused - attention": sampling("fused - attention", 3),
+    "sample1 fused, not compiled": sampling("fused, not compiled", 1),
+    "vae decode last compiled": vae("last compiled", "decode"),
+    "vae decode last": vae("last", "decode"),
+    "clip none eager": whole("eager", "plain", adapted=False),
+    "clip lora eager": whole("eager", "plain", adapted=True),
+}
+"""In the order of what is asked first; what needs an eager row's result stands after it."""

@@ -1,0 +1,107 @@
+"""What the rows of `bench.steps` run on: networks with random weights at one set of shapes, and the paths they compute by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.adaptation import AdaptationSettings
+from ..engine.clip import Experiment, Known, encode_known
+from ..engine.models.paths import Paths
+from ..engine.models.stdit3 import Caption, STDiT3, STDiT3Config
+from ..engine.models.vae import VAE, VAEConfig
+from ..engine.sampler import SamplerSettings
+from ..engine.window import Window
+from ..kernels.attention import Choice
+from ..kernels.windows import Grid
+from .stopwatch import Stopwatch
+
+LENGTHS = (17, 60, 101, 203, 300)
+"""Caption lengths in tokens, over which nothing may compile anew."""
+LENGTH = 60
+
+
+@dataclass
+class Scene:
+    """One clip at one set of shapes, with random weights. compiler: torch.compile's back end."""
+
+    experiment: Experiment
+    pixels: Tensor
+    watch: Stopwatch
+    compiler: str | Callable[..., Any] = "inductor"
+    lengths: tuple[int, ...] = LENGTHS
+    length: int = LENGTH
+    delta_steps: int = 100
+    choice: Choice | None = None
+    truth: dict[str, Any] = field(default_factory=dict)
+    """What the first row of a kind computed, which the others are held against."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.experiment.dit.device
+
+    @cached_property
+    def known(self) -> Known:
+        return Known("bench", encode_known(self.experiment.vae, self.pixels, self.experiment.window), self.caption())
+
+    def caption(self, length: int | None = None) -> Caption:
+        channels = self.experiment.dit.config.caption_channels
+        generator = torch.Generator().manual_seed(length or self.length)
+        return Caption(torch.randn(1, length or self.length, channels, generator=generator).to(self.device))
+
+    def grid(self, frames: int) -> Grid:
+        rows, cols = (-(-side // 16) for side in self.experiment.pixel_size)
+        return Grid(frames, rows, cols)
+
+    def paths(self, name: str) -> Paths | None:
+        """eager: the plain path; compiled: the plain code through torch.compile; fused: the kernels, compiled around."""
+        if name == "eager":
+            return None
+        attention = {"attention": self.choice, "cross": "flash" if self.device.type == "cuda" else None}
+        plain = Paths(compiled=True, compiler=self.compiler)
+        if self.device.type == "cpu" and name.startswith("fused"):
+            plain = replace(plain, compiled=False)  # Triton's interpreter cannot be traced
+        return {
+            "compiled": plain,
+            "compiled + attention": replace(plain, **attention),
+            "fused": replace(plain, kernels="triton", gelu_in_product=True, **attention),
+            "fused, not compiled": Paths(kernels="triton", gelu_in_product=True, **attention),
+            "fused - gelu": replace(plain, kernels="triton", **attention),
+            "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
+        }[name]
+
+
+def real_scene(device: torch.device) -> Scene:
+    """XL/2 and the published VAE's sizes, random bfloat16 weights."""
+    return _scene(device, STDiT3Config(), VAEConfig(), (480, 640), torch.bfloat16, Stopwatch(device))
+
+
+def small_scene(device: torch.device) -> Scene:
+    """The same rows on a network of two layers, traced but not compiled to machine code; float32."""
+    config = STDiT3Config(hidden_size=48, depth=1, num_heads=4, caption_channels=16, model_max_length=8)
+    scene = _scene(
+        device, config, VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), (16, 32), torch.float32,
+        Stopwatch(device, 2),
+    )  # fmt: skip
+    scene.compiler, scene.lengths, scene.length, scene.delta_steps = "aot_eager", (3, 5, 8), 4, 5
+    return scene
+
+
+def _scene(
+    device: torch.device,
+    dit: STDiT3Config,
+    vae: VAEConfig,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    watch: Stopwatch,
+) -> Scene:
+    torch.manual_seed(0)
+    with device:
+        network = STDiT3(dit).to(dtype).eval().requires_grad_(False)
+        coder = VAE(vae).to(dtype).eval().requires_grad_(False)
+    experiment = Experiment(network, coder, Window(), size, SamplerSettings(), AdaptationSettings(), 0)
+    pixels = torch.rand(3, 45, *size, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
+    return Scene(experiment, pixels, watch)

@@ -1,0 +1,113 @@
+"""Time and memory of a step on a GPU (or, as a check, a CPU), compile time apart, and how many graphs were compiled."""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch._dynamo.utils import counters
+
+from ..engine.memory import peak_memory, reset_peak_memory
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+class Phases:
+    """Seconds between calls, the device's queue drained at each."""
+
+    def __init__(self, watch: "Stopwatch") -> None:
+        self.watch, self.seconds = watch, {}
+        self.last = watch.now()
+
+    def __call__(self, name: str) -> None:
+        now = self.watch.now()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+
+class Stopwatch:
+    def __init__(self, device: torch.device, runs: int = 5) -> None:
+        self.device, self.runs = device, runs
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def reset_peak(self) -> None:
+        reset_peak_memory(self.device)
+
+    def peak(self) -> float:
+        return (peak_memory(self.device) or 0) / 2**30
+
+    def phases(self) -> Phases:
+        return Phases(self)
+
+    def measure(self, call: Callable[[], T], runs: int | None = None) -> tuple[Row, T]:
+        """Median of calls after the first two, by CUDA events on a GPU; `first_s` holds what compiling takes."""
+        start = self.now()
+        result = call()
+        first = self.now() - start
+        call()
+        self.now()
+        self.reset_peak()
+        times = [self.once(call) for _ in range(runs or self.runs)]
+        row = {
+            "ms": statistics.median(times), "low": min(times), "high": max(times), "runs": len(times),
+            "first_s": first, "peak_gib": self.peak(),
+        }  # fmt: skip
+        return row, result
+
+    def once(self, call: Callable[[], Any]) -> float:
+        """Milliseconds of one call."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        before.record()
+        call()
+        after.record()
+        torch.cuda.synchronize(self.device)
+        return before.elapsed_time(after)
+
+    def wall(self, call: Callable[[], T], undo: Callable[[], Any]) -> tuple[Row, T]:
+        """Median wall time of whole calls, each undone before the next."""
+        times, self_peak = [], 0.0
+        for _ in range(3):
+            self.reset_peak()
+            start = self.now()
+            result = call()
+            times.append((self.now() - start) * 1e3)
+            self_peak = max(self_peak, self.peak())
+            undo()
+        return {"ms": statistics.median(times), "low": min(times), "high": max(times), "peak_gib": self_peak}, result  # type: ignore[possibly-undefined]
+
+    def steps(self, adapt: Callable[[Callable[[int, float], None]], T], undo: Callable[[], Any]) -> tuple[Row, T]:
+        """Median wall time from step to step of a loop that reports its steps; a first loop compiles and is undone."""
+        start = self.now()
+        adapt(lambda step, loss: None)
+        first = self.now() - start
+        undo()
+        times: list[float] = []
+        self.reset_peak()
+        begin = self.now()
+        result = adapt(lambda step, loss: times.append(self.now()))
+        whole = self.now() - begin
+        between = [(b - a) * 1e3 for a, b in pairwise(times)]
+        row = {
+            "ms": statistics.median(between), "low": min(between), "high": max(between), "runs": len(between),
+            "first_s": first, "loop_s": whole, "steps": len(times), "peak_gib": self.peak(),
+        }  # fmt: skip
+        return row, result
+
+    def graphs(self, before: Row | None = None) -> Row:
+        """Graphs compiled so far and breaks of graphs, or how many more than `before`."""
+        found = {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+        if before is None:
+            return found
+        return {"graphs_more": found["graphs"] - before["graphs"], "breaks_more": found["breaks"] - before["breaks"]}

@@ -1,0 +1,79 @@
+"""A layer of STDiT3 on the Triton kernels: the same function as `Layer.forward`, in fewer passes over memory.
+
+    norm + modulation (+ the low-rank projection)   one pass           kernels/norm_modulate.py
+    qkv, low-rank addition inside                    the library's product, K longer by the rank
+    RMS norm, rotation, grouping by window           one pass           kernels/qk_norm_rope.py
+    attention                                        a view of each region; nothing is copied on the way in
+    proj, low-rank addition, gate, residual          product + one pass kernels/gate_residual.py
+    cross-attention, MLP                             plain products; norm and gated residual as above
+
+Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.gate_residual import gate_residual, lora_gate_residual
+from ...kernels.lora_linear import lora_linear_extended
+from ...kernels.norm_modulate import norm_modulate
+from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.windows import Grid, split_windows
+from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
+from .geometry import Geometry
+from .lora_linear import LoRALinear
+from .stdit3 import Layer
+
+
+def fused_layer(
+    layer: Layer,
+    x_BND: Tensor,
+    modulation_B6D: Tensor,
+    text: LayerText,
+    known_text: LayerText | None,
+    geometry: Geometry,
+    backends: Backends = DEFAULT,
+) -> Tensor:
+    """As `Layer.forward`, [B, N, D]. Needs a device that the kernels run on."""
+    vectors = (layer.scale_shift_table + modulation_B6D).transpose(0, 1).unsqueeze(2).contiguous()  # [6, B, 1, D]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.unbind(0)
+    attn: SelfAttention = layer.attn
+    grid = Grid(geometry.frames, geometry.rows, geometry.cols) if attn.windowed else None
+    x = x_BND
+    a = _self_attention(attn, _projected(attn.qkv, x, shift_a, scale_a), geometry, grid, backends)
+    x = _added(x, a, attn.proj, gate_a, grid)
+    x = x + layer.cross_attn(x, text, known_text, geometry, backends)
+    return gate_residual(x, layer.mlp(norm_modulate(x, shift_m, scale_m)), gate_m)
+
+
+def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The linear layer of the modulated norm, its low-rank addition inside."""
+    if isinstance(linear, LoRALinear) and linear.extended is not None:
+        n = norm_modulate(x, shift, scale, linear.A)
+        return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
+    return linear(norm_modulate(x, shift, scale))
+
+
+def _self_attention(
+    attn: SelfAttention, qkv_BNE: Tensor, geometry: Geometry, grid: Grid | None, backends: Backends
+) -> Tensor:
+    """[B, N, D]; with a grid its rows are grouped by window."""
+    B, N = qkv_BNE.shape[:2]
+    weights = attn.q_norm.weight, attn.k_norm.weight
+    if grid is None:
+        rows = qk_norm_rope(qkv_BNE, *weights, geometry.spatial_cos, geometry.spatial_sin, None, attn.q_norm.eps)
+        q, k, v = (t.unflatten(0, (B * geometry.frames, geometry.tokens_per_frame)) for t in rows)
+        return attend(q, k, v, backend=backends.frames).reshape(B, N, -1)
+    rows = qk_norm_rope(qkv_BNE, *weights, geometry.window_cos, geometry.window_sin, grid, attn.q_norm.eps)
+    regions = zip(*(split_windows(t, B, grid) for t in rows), strict=True)
+    parts = [
+        attend(q, k, v, backend=name).flatten(0, 1) for (q, k, v), name in zip(regions, backends.windows, strict=False)
+    ]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(B, N, -1)
+
+
+def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
+    """x + gate * proj(a), a in window order where there is a grid."""
+    if isinstance(proj, LoRALinear):
+        base = proj.base
+        return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
+    return gate_residual(x, proj(a), gate, grid)

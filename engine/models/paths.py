@@ -1,0 +1,88 @@
+"""How the layers of a network are computed: which code, compiled or not, and which attention.
+
+All layers of a kind share one compiled graph for each shape, and for each of sampling and training: weights, latents and tables
+are its inputs, in storage that stays where it is. The number of a caption's tokens is left symbolic, so another caption
+compiles nothing anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import Choice, self_attention_shapes
+from ...kernels.windows import Grid
+from .attention import DEFAULT, Backends, TextStates
+from .geometry import Geometry
+from .linear_gelu import linear_gelu
+from .stdit3 import Layer, Mlp, STDiT3
+
+GRAPHS = 64  # how many graphs of one layer may be compiled: kinds x shapes x methods, far below this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """kernels: torch, the plain code; triton, the kernels of `fused.py`. compiled: through torch.compile.
+
+    attention: back ends by shape, and `cross` for captions; None leaves both to PyTorch. gelu_in_product: without gradients the
+    MLP's activation joins its first product. compiler: torch.compile's back end.
+    """
+
+    kernels: Literal["torch", "triton"] = "torch"
+    compiled: bool = False
+    attention: Choice | None = None
+    cross: str | None = None
+    gelu_in_product: bool = False
+    compiler: str | Callable[..., Any] = "inductor"
+    _run: Any = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        run: Any = Layer.forward
+        if self.kernels == "triton":
+            from .fused import fused_layer
+
+            run = fused_layer
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            run = torch.compile(run, backend=self.compiler, dynamic=False, fullgraph=True)
+        object.__setattr__(self, "_run", run)
+
+    def backends(self, samples: int, geometry: Geometry, heads: int, dim: int, training: bool) -> Backends:
+        """The attention of a batch of latents; raises KeyError for a shape that was not measured."""
+        if self.attention is None:
+            return DEFAULT._replace(cross=self.cross)
+        grid = Grid(geometry.frames, geometry.rows, geometry.cols)
+        frames, *windows = (
+            self.attention.backend(shape, training) for shape in self_attention_shapes(samples, grid, heads, dim)
+        )
+        return Backends(frames, tuple(windows), self.cross)
+
+    def prepare(
+        self, model: STDiT3, tokens: Tensor, texts: tuple[TextStates | None, ...], geometry: Geometry
+    ) -> Callable[..., Tensor]:
+        """The function that `STDiT3.run_layers` calls for each layer: (layer, tokens, modulation, text, known_text, geometry)."""
+        training = torch.is_grad_enabled()
+        if self.compiled:
+            for text in texts:
+                if text is not None:
+                    text.mark_length()
+        heads = model.config.num_heads
+        found = self.backends(tokens.shape[0], geometry, heads, model.config.hidden_size // heads, training)
+
+        def run(layer: Layer, x: Tensor, *rest: Any) -> Tensor:
+            if self.compiled and training and not x.requires_grad:
+                # Before the first trained layer nothing asks for a gradient; asking anyway keeps to one graph for all layers.
+                x = x.detach().requires_grad_()
+            return self._run(layer, x, *rest, found)
+
+        return run
+
+
+def use_paths(model: STDiT3, paths: Paths | None) -> None:
+    """Compute the layers of a network this way from now on; None is the plain path."""
+    model.paths = paths
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            module.first = linear_gelu if paths is not None and paths.gelu_in_product else None

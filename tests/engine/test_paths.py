@@ -1,0 +1,108 @@
+"""The faster paths compute what the plain path computes, forward and backward."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from vidtta.engine.denoiser import Denoiser
+from vidtta.engine.methods.full import FullFineTuning
+from vidtta.engine.methods.optimize import FusedAdamW, Masters, PlainAdamW
+from vidtta.engine.models.lora_linear import LoRALinear
+from vidtta.engine.models.paths import Paths, use_paths
+from vidtta.engine.models.rule_weights import fill_by_rule
+from vidtta.engine.models.stdit3 import Caption, Condition, STDiT3
+from vidtta.engine.models.vae import VAE, VAEConfig
+from vidtta.engine.models.vae_fast import use_channels_last, use_plain
+
+from .tiny import noise, tiny_dit
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def velocities(model: STDiT3, length: int) -> Tensor:
+    """Three branches of one step; rows and columns that leave a strip beside the whole windows."""
+    latents = noise(0, 1, 16, 5, 18, 6)
+    mask = torch.zeros_like(latents)
+    mask[:, :, :2] = 1
+    geometry = model.geometry(5, (18, 6), (480, 640), (0, 1))
+    with torch.no_grad():
+        denoiser = Denoiser(model, geometry, 24.0, Caption(noise(3, 1, length, 16)), Condition(latents * mask, mask))
+        return torch.cat(denoiser(noise(1, *latents.shape), torch.tensor(500.0), all_branches=True))
+
+
+def test_captions_of_five_lengths_share_one_graph_of_each_kind_of_layer():
+    model, lengths = tiny_dit(), (5, 3, 7, 8, 2)
+    plain = [velocities(model, n) for n in lengths]
+    counter = CompileCounterWithBackend("aot_eager")
+    use_paths(model, Paths(compiled=True, compiler=counter, gelu_in_product=True))
+    for n, expected in zip(lengths, plain, strict=True):
+        torch.testing.assert_close(velocities(model, n), expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 6.0), (16, 4.0)])
+def test_one_extended_product_is_the_adapted_layer(rank: int, alpha: float):
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(20, 24).double().requires_grad_(False), rank, alpha).double()
+    with torch.no_grad():
+        layer.A.normal_()
+        layer.B.normal_()
+    x, dy = noise(1, 2, 5, 20).double().requires_grad_(), noise(2, 2, 5, 24).double()
+
+    def results() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, layer.A, layer.B], dy)]
+
+    apart = results()
+    layer.extend()
+    for a, b in zip(apart, results(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        layer.B.mul_(2)
+    layer.refresh()
+    torch.testing.assert_close(layer(x), layer.base(x) + layer.scale * x @ layer.A.T @ layer.B.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_steps_in_bounded_groups_are_adamw(clip: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """On gradients that are given: a network's own are partly zero but for rounding, which AdamW makes large."""
+    monkeypatch.setattr(FusedAdamW, "GROUP", 20)  # several groups
+    settings = FullFineTuning(lr=1e-2, weight_decay=0.1, gradient_clip=clip)
+    found = []
+    for kind in (PlainAdamW, FusedAdamW):
+        parameters = [nn.Parameter(noise(i, 3, 5 + i).to(dtype)) for i in range(4)]
+        masters = Masters(parameters)
+        optimizer = kind(masters, settings)
+        norms = []
+        for step in range(4):
+            for i, parameter in enumerate(parameters[: 3 if step < 2 else 4]):  # the last has no gradient at first
+                parameter.grad = (1 + step) * noise(10 * step + i + 50, *parameter.shape).to(dtype)
+            norms.append(optimizer.gradient_norm())
+            optimizer.step(norms[-1])
+            assert all(p.grad is None for p in parameters)
+        found.append([*masters.tensors, *parameters, *norms])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_last_is_the_same_autoencoder():
+    vae = VAE(VAEConfig(ch=32, ch_mult=(1, 2, 2, 1), num_res_blocks=1)).requires_grad_(False)
+    fill_by_rule(vae)
+    pixels, latents = noise(0, 1, 3, 18, 16, 24), noise(1, 1, 16, 6, 2, 3)
+    with torch.no_grad():
+        plain = vae.encode(pixels), vae.decode(latents)
+        names = list(vae.state_dict())
+        use_channels_last(vae, triton=False)
+        for fast, expected in zip((vae.encode(pixels), vae.decode(latents)), plain, strict=True):
+            torch.testing.assert_close(fast, expected, rtol=1e-4, atol=2e-5)
+        assert list(vae.state_dict()) == names
+        use_plain(vae)
+        assert torch.equal(vae.encode(pixels), plain[0])

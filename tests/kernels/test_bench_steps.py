@@ -1,0 +1,44 @@
+"""The rows of the steps' bench at small shapes, and what it does when a row fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from vidtta.bench import step_rows, steps
+from vidtta.bench.step_scene import small_scene
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the interpreter")
+NAMES = [
+    "attention", "sample3 eager", "sample3 fused", "sample3 compiled", "lora eager", "lora fused",
+    "delta steps mid fast", "full eager", "full fused, not compiled",
+]  # fmt: skip
+
+
+@on_cpu
+def test_rows_run_and_agree_with_the_eager_path():
+    rows = {row["row"]: row for row in steps.run(small_scene(torch.device("cpu")), NAMES, 600)}
+    assert list(rows) == NAMES and not [row for row in rows.values() if "error" in row]
+    compared = [name for name, row in rows.items() if row.get("distance_from_eager", 1) < 1e-5]
+    assert compared == ["sample3 fused", "sample3 compiled", "lora fused", "full fused, not compiled"]
+    assert rows["sample3 compiled"]["graphs_more"] == 0 and rows["sample3 compiled"]["breaks_more"] == 0
+
+
+@on_cpu
+def test_a_failing_row_says_why_and_the_rest_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    scene, seen = small_scene(torch.device("cpu")), []
+    monkeypatch.setitem(step_rows.ROWS, "raises", lambda scene: {}[0])
+    monkeypatch.setitem(step_rows.ROWS, "works", lambda scene: {"ms": 1.0})
+    rows = steps.run(scene, ["raises", "works"], 600, lambda rows: seen.append(json.dumps(rows)))
+    assert rows[0]["error"].startswith("KeyError") and rows[1]["ms"] == 1.0 and len(seen) == 2
+    assert "skipped" in steps.run(scene, ["works"], -1)[0]
+
+
+@on_cpu
+def test_a_result_far_from_eager_has_no_time():
+    scene = small_scene(torch.device("cpu"))
+    assert step_rows.compared(scene, "kind", torch.ones(3), {"ms": 1.0}) == {}
+    with pytest.raises(ArithmeticError, match="allowed"):
+        step_rows.compared(scene, "kind", 1.1 * torch.ones(3), {"ms": 1.0})
+    with pytest.raises(ArithmeticError, match="finite"):
+        step_rows.compared(scene, "kind", torch.full((3,), torch.nan), {"ms": 1.0})
