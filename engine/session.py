@@ -15,6 +15,7 @@ from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .methods.protocol import Adapter
+from .metrics.complexity import compute_complexity
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
@@ -193,15 +194,16 @@ class Session:
         return encode_known(self.models.vae, pixels_3FHW, window, generator)
 
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
-        """Write the scores of the references for a clip, once for all arms."""
+        """Write the scores of the references for a clip, and what kind of clip it is, once for all arms."""
         path = self.directory.reference(clip.id)
         flow = self.recipe.scores.flow
         key = sha256_json([self._vae_key(content), self.lpips_reason, flow])
-        if (read_json(path) or {}).get("key") != key:
+        held = read_json(path) or {}
+        if held.get("key") != key or "kind" not in held:
             scores = reference_scores(
                 self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason, flow
             )
-            write_json(path, {"clip": clip.id, "key": key, "scores": scores})
+            write_json(path, {"clip": clip.id, "key": key, "kind": compute_complexity(pixels_3FHW), "scores": scores})
 
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""
