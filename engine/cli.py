@@ -174,9 +174,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
     )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
-    report = command("report", _report, "Write a page that says whether adapting helped, where and at what cost.", " runs/demo")
+    report = command(
+        "report", _report, "Write a page that says whether adapting helped, where and at what cost.", " runs/demo"
+    )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
-    report.add_argument("--out", type=Path, metavar="FILE", help="the page; by default analysis_report.html in the first run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; by default analysis_report.html in the first run"
+    )
     report.add_argument("--figures", type=Path, metavar="DIR", help="also write figures and tables for a paper there")
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")

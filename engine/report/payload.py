@@ -161,8 +161,10 @@ def _truth(result: Result, page: Path) -> str | None:
 
 
 def _link(file: Path, page: Path) -> str | None:
-    """A file's address relative to the page's folder, percent-encoded; None where there is no such file."""
-    if not file.exists():
-        return None
-    relative = Path(os.path.relpath(file.resolve(), page.resolve().parent))
-    return quote(relative.as_posix())
+    """A file's address, None where there is no such file."""
+    return address(file, page) if file.exists() else None
+
+
+def address(file: Path, page: Path) -> str:
+    """A file's address relative to the page's folder, percent-encoded."""
+    return quote(Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix())

@@ -236,7 +236,7 @@ def correlation_table(evidence: Evidence) -> Table | None:
         )
         for kind in kinds
     ]
-    return Table("correlations", "Do richer or livelier clips gain more?", columns, rows) if kinds else None
+    return Table("correlations", "Rank correlation of the gain with the kind of clip", columns, rows) if kinds else None
 
 
 def clips_csv(evidence: Evidence, focus: Arm) -> str:

@@ -13,6 +13,26 @@ CHARTS.forest = () => {
 };
 
 const spans = (values) => { const positive = values.filter((v) => v > 0); return positive.length === values.length && Math.max(...positive) / Math.min(...positive) > 30; };
+/** Where the names of points go: to the side that has room; none where it would lie on another one's. */
+function placeLabels(points, better) {
+  const extent = (k) => { const values = points.map((point) => point[k]); return [Math.min(...values), Math.max(...values) - Math.min(...values) || 1]; };
+  const [[left, width], [low, height]] = [extent(1), extent(2)];
+  const taken = [], placed = {};
+  for (const [label, x, y] of [...points].sort((a, b) => better * (b[2] - a[2]))) {
+    const [u, v] = [(x - left) / width, (y - low) / height];
+    const wide = 0.04 + 0.024 * label.length;
+    for (const side of u > 0.7 ? ["left", "right"] : ["right", "left"]) {
+      const from = side === "right" ? u : u - wide;
+      if (side === "right" ? u + wide > 1.12 : from < -0.1) continue;
+      if (taken.some(([a, b, h]) => from < b && a < from + wide && Math.abs(h - v) < 0.075)) continue;
+      if (points.some(([other, p, q]) => other !== label && Math.abs((q - low) / height - v) < 0.075 && (p - left) / width > from && (p - left) / width < from + wide)) continue;
+      taken.push([from, from + wide, v]);
+      placed[label] = `middle ${side}`;
+      break;
+    }
+  }
+  return placed;
+}
 function costChart(cost) {
   return () => {
     const { title, spent, fronts } = D.costs.axes[cost];
@@ -30,10 +50,11 @@ function costChart(cost) {
     }
     const front = fronts[state.score].filter((label) => shown.includes(label) && !(logs && spent[label] <= 0));
     traces.push({ x: front.map((l) => spent[l]), y: front.map((l) => at(l)[0]), mode: "lines", line: { color: css("--faint"), width: 5, shape: better > 0 ? "hv" : "hv" }, opacity: 0.35, name: "Pareto front", hoverinfo: "skip" });
+    const named = placeLabels(shown.map((label) => [label, logs ? Math.log(Math.max(spent[label], 1)) : spent[label], at(label)[0]]), better);
     for (const label of shown) {
       const [mean, low, high] = at(label);
       traces.push({
-        x: [spent[label]], y: [mean], mode: "markers+text", text: [plain(label)], textposition: "middle right", textfont: { size: 11, color: css("--soft") }, name: plain(label), marker: marker(label),
+        x: [spent[label]], y: [mean], mode: "markers+text", text: [named[label] ? plain(label) : ""], textposition: named[label], textfont: { size: 11, color: css("--soft") }, cliponaxis: false, name: plain(label), marker: marker(label),
         error_y: low === null ? undefined : { type: "data", symmetric: false, array: [high - mean], arrayminus: [mean - low], color: rgba(colour(label), 0.55), thickness: 1.5, width: 0 },
         hovertemplate: `${signed(mean, digits)} at %{x:,.4~g}<extra>${plain(label)}</extra>`,
       });

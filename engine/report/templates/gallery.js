@@ -6,7 +6,8 @@ class Step {
     Object.assign(this, { videos, fps, show, playing: false });
     this.lead = videos[0];
     this.lead.addEventListener("ended", () => this.playing && this.restart());
-    for (const video of videos) video.addEventListener("loadedmetadata", () => this.show());
+    // The last frame, where videos have drifted apart the most, stands until somebody plays.
+    for (const video of videos) video.addEventListener("loadedmetadata", () => { if (!this.playing) this.seek(Infinity); });
   }
   get duration() { return this.lead.duration || 0; }
   async play() {
@@ -155,13 +156,13 @@ if ($("controls")) {
     const gains = gainsOf(form.arm.value);
     const { better } = SCORE[state.score];
     const text = form.text.value.trim().toLowerCase();
-    const wanted = D.clips.id.map((_, k) => k).filter((k) =>
+    const wanted = D.clips.id.map((_, k) => k).filter((k) => (gains[k] ?? null) !== null &&
       (!form.category.value || D.clips.category[k] === form.category.value) &&
       (!form.sign.value || (gains[k] ?? 0) * better * form.sign.value > 0) &&
       (!text || `${D.clips.id[k]} ${D.clips.caption[k]}`.toLowerCase().includes(text)));
     if (form.sort.value !== "name") {
       const sign = better * (form.sort.value === "gain" ? -1 : 1);
-      wanted.sort((a, b) => ((gains[a] ?? null) === null) - ((gains[b] ?? null) === null) || sign * (gains[a] - gains[b]) || a - b);
+      wanted.sort((a, b) => sign * (gains[a] - gains[b]) || a - b);
     }
     for (const old of $("cards").children) { near.unobserve(old); old.step?.pause(); }
     $("cards").replaceChildren(...wanted.slice(0, shown).map((k) => card(k, form.arm.value)));
