@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arms import PLACEBOS
 from ..references import REFERENCES
 from ..statistics import PairedDifference, paired_difference, variance_components
 from ..statistics.pairing import group_of
 from .gather import Arm, Evidence
-from .names import name_of
+from .names import PLACEBO_NAMES, name_of
 
 ALPHA = 0.05
 
@@ -82,7 +81,7 @@ def _beside_placebo(arm: Arm, placebo: Arm) -> str:
     first = {clip: result for (clip, _), result in reversed(arm.results.items())}
     groups = [group_of(first[clip]) or clip for clip in clips]
     rest = paired_difference([own[c] for c in clips], [other[c] for c in clips], groups)
-    means = PLACEBOS.get(placebo.placebo, placebo.placebo)  # pyright: ignore[reportArgumentType] (any text, from a file)
+    means = PLACEBO_NAMES.get(placebo.placebo, placebo.placebo)
     return f"Placebo, {means}: {gain.text(2)} dB. {arm.label} gains {rest.text(2)} dB beyond it."
 
 

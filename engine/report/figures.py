@@ -1,7 +1,6 @@
 """Figures for a paper, as SVG and PDF: one column wide, text that stays text, and the same bytes for the same numbers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 3.4, 2.3  # inches: one column of a two-column page
 COLOURS = ("#2563c9", "#d2541b", "#0f8a68", "#8e44ad", "#b58300", "#c22d6d", "#4a7a12", "#0e7796")
 GREY = "#7d838c"
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -56,66 +55,67 @@ STEP_TITLES = {
 
 def write_figures(evidence: Evidence, focus: Arm, folder: Path) -> dict[str, str]:
     """Write each figure that the results allow as NAME.svg and NAME.pdf; returns the captions by name."""
+    import matplotlib
+
     captions = {}
-    for name, caption, figure in _figures(evidence, focus):
-        for suffix, metadata in ((".svg", {"Date": None}), (".pdf", {"CreationDate": None, "ModDate": None})):
-            with atomic_path(folder / f"{name}{suffix}") as temporary:
-                figure.savefig(temporary, metadata=metadata)
-        captions[name] = caption
+    with matplotlib.rc_context(STYLE):
+        for name, caption, figure in _figures(evidence, focus):
+            for suffix, metadata in ((".svg", {"Date": None}), (".pdf", {"CreationDate": None, "ModDate": None})):
+                with atomic_path(folder / f"{name}{suffix}") as temporary:
+                    figure.savefig(temporary, metadata=metadata)
+            captions[name] = caption
     return captions
 
 
 def _figures(evidence: Evidence, focus: Arm) -> "Iterator[tuple[str, str, Figure]]":
-    with _drawing(0.5 + 0.24 * len(evidence.treated)) as (figure, axes):
-        _forest(evidence, axes)
+    figure, axes = _drawing(0.5 + 0.24 * len(evidence.treated))
+    _forest(evidence, axes)
     yield (
         "differences",
         "Mean PSNR difference to the baseline on the same clips, with 95 % intervals. Hollow: placebos.",
         figure,
     )
     for cost, (title, _) in series.COSTS.items():
-        with _drawing() as (figure, axes):
-            drawn = _pareto(evidence, axes, cost)
+        figure, axes = _drawing()
+        drawn = _pareto(evidence, axes, cost)
         if drawn:
             yield f"pareto_{cost}", f"Quality against {title}. The grey line is the Pareto front.", figure
     for score in series.frame_scores(evidence):
-        with _drawing() as (figure, axes):
-            _frames(evidence, axes, score)
+        figure, axes = _drawing()
+        _frames(evidence, axes, score)
         title = name_of(score)[0]
         yield (
             f"frames_{score}",
             f"Difference in {title} to the baseline over frames, mean over each arm's clips with its 95 % interval.",
             figure,
         )
-        with _drawing() as (figure, axes):
-            _scores(evidence, axes, score)
+        figure, axes = _drawing()
+        _scores(evidence, axes, score)
         yield f"scores_{score}", f"{title} over frames, mean over each arm's clips.", figure
     if categories := by_category(evidence, focus):
-        with _drawing(width=max(WIDTH, 0.22 * len(categories))) as (figure, axes):
-            axes.boxplot([one.gains for one in categories], tick_labels=[one.name for one in categories], **BOX)
-            axes.axhline(0, color=GREY, linewidth=0.8)
-            axes.tick_params(axis="x", rotation=90)
-            axes.set_ylabel(f"{_plain(focus.label)}: ΔPSNR, dB")
+        figure, axes = _drawing(width=max(WIDTH, 0.22 * len(categories)))
+        axes.boxplot([one.gains for one in categories], tick_labels=[one.name for one in categories], **BOX)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.tick_params(axis="x", rotation=90)
+        axes.set_ylabel(f"{_plain(focus.label)}: ΔPSNR, dB")
         yield "categories", f"PSNR difference of single clips by category, {_plain(focus.label)}.", figure
     for name, title in STEP_TITLES.items():
-        with _drawing() as (figure, axes):
-            drawn = _steps(evidence, axes, name, title)
+        figure, axes = _drawing()
+        drawn = _steps(evidence, axes, name, title)
         if drawn:
             yield f"steps_{name}", f"While adapting: {title}, median and quartiles over clips.", figure
     for kind, values in kinds_of(evidence).items():
-        with _drawing() as (figure, axes):
-            gains = focus.gains("psnr")
-            clips = [clip for clip in gains if clip in values]
-            colour = _colour(evidence, focus)
-            axes.scatter(
-                [values[c] for c in clips], [gains[c] for c in clips], s=6, color=colour, alpha=0.5, linewidths=0
-            )
-            axes.axhline(0, color=GREY, linewidth=0.8)
-            axes.set(xlabel=KINDS[kind][0], ylabel=f"{_plain(focus.label)}: ΔPSNR, dB")
+        figure, axes = _drawing()
+        gains = focus.gains("psnr")
+        clips = [clip for clip in gains if clip in values]
+        colour = _colour(evidence, focus)
+        axes.scatter([values[c] for c in clips], [gains[c] for c in clips], s=6, color=colour, alpha=0.5, linewidths=0)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set(xlabel=KINDS[kind][0], ylabel=f"{_plain(focus.label)}: ΔPSNR, dB")
         yield f"kind_{kind}", f"PSNR difference of single clips against {KINDS[kind][0]}.", figure
     for k, search in enumerate(read_searches(evidence.roots)):
-        with _drawing() as (figure, axes):
-            _heat(figure, axes, search)
+        figure, axes = _drawing()
+        _heat(figure, axes, search)
         yield f"search_{k}", search["title"], figure
 
 
@@ -129,15 +129,12 @@ BOX: dict[str, Any] = {
 }
 
 
-@contextmanager
-def _drawing(height: float = HEIGHT, width: float = WIDTH) -> "Iterator[tuple[Figure, Axes]]":
+def _drawing(height: float = HEIGHT, width: float = WIDTH) -> "tuple[Figure, Axes]":
     """A figure that no window system and no global state knows of."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
-        yield figure, figure.subplots()
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ every run has. Spatial and temporal information (ITU-T P.910) are there where th
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,8 +86,8 @@ def correlations(evidence: Evidence, arm: Arm, score: str = "psnr") -> dict[str,
         clips = [clip for clip in gains if clip in values]
         pairs = np.array([[values[clip], gains[clip]] for clip in clips])
         if len(clips) > 3 and np.ptp(pairs, axis=0).min() > 0:
-            rho, p = spearmanr(pairs[:, 0], pairs[:, 1])
-            found[name] = float(rho), float(p), len(clips)
+            told: Any = spearmanr(pairs[:, 0], pairs[:, 1])
+            found[name] = float(told.statistic), float(told.pvalue), len(clips)
     return found
 
 

@@ -1,4 +1,8 @@
-"""How a report calls the scores: title, unit, digits."""
+"""How a report calls the scores (title, unit, digits) and the placebos."""
+
+from ..arms import PLACEBOS
+
+PLACEBO_NAMES = {str(name): text for name, text in PLACEBOS.items()}
 
 NAMES = {
     "psnr": ("PSNR", "dB", 2),

@@ -122,12 +122,12 @@ def step_curves(arm: Arm) -> dict[str, Curve]:
         if not rows:
             continue
         longest = max(rows, key=len)
-        at = longest[:, 0] if longest.ndim == 2 else np.arange(len(longest))
+        at = longest[:, 0] if longest.ndim == 2 else np.arange(len(longest), dtype=float)
         table = np.full((len(rows), len(longest)), np.nan)
         for row, values in zip(table, rows, strict=True):
             row[: len(values)] = values[:, 1] if values.ndim == 2 else values
         low, median, high = np.nanquantile(table, (0.25, 0.5, 0.75), axis=0)
-        found[name] = Curve(at.tolist(), median.tolist(), low.tolist(), high.tolist())
+        found[name] = Curve([float(x) for x in at], median.tolist(), low.tolist(), high.tolist())
     return found
 
 

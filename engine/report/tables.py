@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..arms import PLACEBOS
 from ..references import REFERENCES
 from ..statistics import PairedDifference
 from ..statistics.pairing import HIGHER_IS_BETTER
 from . import series
 from .gather import FRAME_SCORES, Arm, Evidence
 from .kinds import KINDS, by_category, category_of, clusters, correlations, kinds_of
-from .names import name_of
+from .names import PLACEBO_NAMES, name_of
 
 LATEX = str.maketrans(
     {
@@ -102,7 +101,7 @@ def methods_table(evidence: Evidence) -> Table:
 
 
 def _arm_row(evidence: Evidence, arm: Arm, shown: list[str]) -> list[Cell]:
-    kind = f"placebo: {PLACEBOS.get(arm.placebo, arm.placebo)}" if arm.placebo else arm.kind  # pyright: ignore[reportArgumentType]
+    kind = f"placebo: {PLACEBO_NAMES.get(arm.placebo, arm.placebo)}" if arm.placebo else arm.kind
     psnr = arm.difference("psnr")
     count = psnr.n if psnr else len(arm.clips)
     row = [Cell(arm.label, arm.label), Cell(kind, kind), Cell(count, f"{count:,}")]
