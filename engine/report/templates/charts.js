@@ -40,7 +40,7 @@ function costChart(cost) {
     const { digits, better } = SCORE[state.score];
     const at = (label) => (label === D.baseline ? [0, null, null] : gains[label]);
     const shown = D.arms.map((arm) => arm.label).filter((label) => !state.hidden.has(label) && spent[label] !== null && at(label));
-    const logs = spans(shown.map((label) => spent[label]).filter((value) => cost !== "parameters" || value > 0));
+    const logs = cost === "parameters" && spans(shown.map((label) => spent[label]).filter((value) => value > 0));
     const traces = [];
     const families = {};
     for (const label of shown) if (ARM[label].steps) (families[ARM[label].family] ??= []).push(label);
