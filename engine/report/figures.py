@@ -48,6 +48,8 @@ STEP_TITLES = {
     "gradient_norms": "gradient norm",
     "penalties": "penalty",
     "distances": "distance from the start",
+    "fixed_losses": "loss on fixed draws",
+    "kl": "KL divergence from the base network, nats",
     "held_out": "loss on held-out draws",
     "forgetting": "loss on held-out clips",
 }
@@ -257,12 +259,19 @@ def _steps(evidence: Evidence, axes: "Axes", name: str, title: str) -> bool:
 def _heat(figure: "Figure", axes: "Axes", search: dict[str, Any]) -> None:
     values = np.array([[np.nan if z is None else z for z in row] for row in search["z"]], dtype=float)
     reach = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    image = axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, origin="lower", aspect="auto")
+    image = axes.imshow(
+        values,
+        cmap="RdBu" if search["better"] > 0 else "RdBu_r",
+        vmin=-reach,
+        vmax=reach,
+        origin="lower",
+        aspect="auto",
+    )
     axes.set_xticks(range(len(search["x"])), [_plain(str(x)) for x in search["x"]])
     axes.set_yticks(range(len(search["y"])), [_plain(str(y)) for y in search["y"]])
     axes.set(xlabel=_plain(search["x_name"]), ylabel=_plain(search["y_name"]))
     axes.grid(visible=False)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=6)
+            axes.text(column, row, _plain(search["text"][row][column]), ha="center", va="center", fontsize=5)
     figure.colorbar(image, ax=axes)

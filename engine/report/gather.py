@@ -16,7 +16,17 @@ from ..statistics import PairedDifference, holm
 from ..statistics.pairing import Result, Unit
 
 FRAME_SCORES = ("psnr", "ssim", "lpips")
-CURVES = ("losses", "zero_losses", "gradient_norms", "penalties", "distances", "held_out", "forgetting")
+CURVES = (
+    "losses",
+    "zero_losses",
+    "gradient_norms",
+    "penalties",
+    "distances",
+    "fixed_losses",
+    "kl",
+    "held_out",
+    "forgetting",
+)
 """Lists in a result's `adaptation`: one value a step, or pairs (steps taken, value)."""
 
 
@@ -195,7 +205,9 @@ def _lean(result: dict[str, Any], root: Path, settings: dict[str, dict[str, Any]
         if name in FRAME_SCORES and score.get("frames"):
             kept["frames"] = np.asarray(score["frames"], dtype=np.float32)
         scores[name] = kept
-    adaptation = dict(result.get("adaptation", {}))
+    adaptation = dict(result.get("adaptation", {})) | _diagnosed(
+        RunDirectory(root).clip(result["arm"], result["clip"]), result
+    )
     for name in CURVES:
         if adaptation.get(name):
             adaptation[name] = np.asarray(adaptation[name], dtype=np.float32)
@@ -208,6 +220,32 @@ def _lean(result: dict[str, Any], root: Path, settings: dict[str, dict[str, Any]
         "scores": scores,
         "adaptation": adaptation,
     }
+
+
+def _diagnosed(folder: Path, result: Result) -> dict[str, list[tuple[int, float]]]:
+    """What diagnostics measured on a clip, as pairs (steps taken, value): of ten noise levels and of held-out clips the mean.
+
+    distances: of the weights that compute. A number that was not finite leaves its pair out.
+    """
+    held = read_json(folder / "curves.json") if (folder / "curves.json").exists() else None
+    if not held:
+        return {}
+    steps = held.get("steps", [])
+    found = {
+        "fixed_losses": zip(steps, map(_mean, held.get("losses", [])), strict=False),
+        "kl": zip(steps, map(_mean, held.get("kl", [])), strict=False),
+        "distances": zip(steps, (one.get("effective") for one in held.get("distances", [])), strict=False),
+    }
+    if clips := list(held.get("forgetting", {}).values()):
+        losses = [[_mean(clip[when]["losses"]) for clip in clips] for when in ("before", "after")]
+        found["forgetting"] = zip((0, result["adaptation"]["steps"]), map(_mean, losses), strict=True)
+    return {name: pairs for name, it in found.items() if (pairs := [(k, v) for k, v in it if v is not None])}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None where a value is missing."""
+    held = [value for value in values if value is not None]
+    return sum(held) / len(held) if held and len(held) == len(values) else None
 
 
 def _baseline(found: dict[Path, list[Result]]) -> Arm:

@@ -21,6 +21,7 @@ from vidtta.engine.report.gather import gather
 from vidtta.engine.report.kinds import by_category, clusters, correlations, kinds_of
 from vidtta.engine.report.page import render
 from vidtta.engine.report.payload import payload
+from vidtta.engine.report.search import read_searches
 from vidtta.engine.report.tables import Cell, Table, latex, to_csv, to_latex, to_markdown
 from vidtta.engine.rundir import RunDirectory, read_json
 
@@ -161,6 +162,41 @@ def test_curves_of_steps_may_end_early_and_may_be_pairs(copied):
     assert len(curves["losses"].median) == 20
     assert all(map(np.isfinite, curves["losses"].median))
     assert (curves["held_out"].at, curves["held_out"].median) == ([0, 10], [1.0, 0.5])
+
+
+def test_curves_of_diagnostics_are_means_over_levels_and_clips(copied):
+    for path in copied.glob("arms/lora/clips/*"):
+        levels = {"losses": [[1.0, 3.0], [0.5, None]], "kl": [[0.0, 0.0], [0.1, 0.3]]}
+        apart = {"distances": [{"master": 9, "effective": 0.0}, {"master": 9, "effective": 2.0}]}
+        forgetting = {"forgetting": {"x": {"before": {"losses": [1.0]}, "after": {"losses": [2.0, 4.0]}}}}
+        write_json(path / "curves.json", {"steps": [0, 20], **levels, **apart, **forgetting})
+    curves = series.step_curves(arm(gather([copied]), "lora"))
+    found = {name: (curve.at, curve.median) for name, curve in curves.items()}
+    assert found["fixed_losses"] == ([0], [2.0])  # a number that was not finite leaves its step out
+    assert found["kl"] == ([0, 20], pytest.approx([0, 0.2]))
+    assert found["distances"] == ([0, 20], [0, 2])
+    assert found["forgetting"] == ([0, 20], [1, 3])
+
+
+def test_a_search_becomes_a_grid_with_its_best_cell_and_those_that_moved_little(tmp_path):
+    cells = [
+        {"arm": f"a{k}", "steps": s, "lr": lr, "difference": k / 10, "low": 0.0, "high": 1.0, "few_moved": k == 0}
+        for k, (s, lr) in enumerate([(5, 1e-6), (5, 1e-5), (10, 1e-6)])
+    ]
+    axes = {"steps": [5, 10], "lr": [1e-6, 1e-5]}
+    write_json(tmp_path / "search.json", {"metric": "psnr", "axes": axes, "cells": cells, "best": "a2"})
+    (grid,) = read_searches([tmp_path])
+    assert (grid["x_name"], grid["y_name"], grid["x"]) == ("lr", "steps", ["1e-06", "1e-05"])
+    assert grid["z"] == [[0.0, 0.1], [0.2, None]] and grid["chosen"] == [[0, 1]]
+    assert grid["text"][0] == ["+0.00 •\n[+0.00, +1.00]", "+0.10\n[+0.00, +1.00]"] and grid["text"][1][1] == ""
+    third = {"rank": [4, 8], **axes}
+    write_json(
+        tmp_path / "search.json",
+        {"metric": "lpips", "axes": third, "cells": [{**c, "rank": 8} for c in cells], "best": "a2"},
+    )
+    empty, full = read_searches([tmp_path])
+    assert empty["z"] == [[None, None], [None, None]] and full["z"] == grid["z"] and full["better"] == -1
+    assert full["title"] == "LPIPS difference, at rank 8"
 
 
 # Clips by kind

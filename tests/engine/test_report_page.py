@@ -6,6 +6,7 @@ import pytest
 import torch
 from vidtta.bench.synthetic_run import write_synthetic_run
 from vidtta.engine.data.video import write_video
+from vidtta.engine.files import write_json
 from vidtta.engine.report import make_report
 from vidtta.engine.rundir import RunDirectory, read_json
 
@@ -34,6 +35,9 @@ def run(tmp_path_factory):
     for clip in sorted(path.name for path in root.glob("arms/baseline/clips/*"))[:FILMED]:
         for arm, brightness in (("truth", 60), ("baseline", 90), ("lora", 200)):
             film(root, clip, arm, brightness)
+    cells = [{"arm": EVIL, "steps": 5, "lr": lr, "difference": lr, "low": -1.0, "high": 1.0} for lr in (0.1, 0.2)]
+    search = {"metric": "psnr", "axes": {"steps": [5], "lr": [0.1, 0.2]}, "cells": cells, "best": EVIL}
+    write_json(root / "search.json", search)
     RunDirectory(root).write_failure("lora", "lost", {"reason": EVIL, "traceback": EVIL})
     assert make_report([root]) == 0
     return root / "analysis_report.html"
@@ -84,7 +88,7 @@ def column(page, table, name):
 
 def test_every_chart_is_drawn_without_an_error_or_a_request(opened, run):
     charts = drawn(opened.page)
-    assert len(charts) >= 11 and all(charts)
+    assert len(charts) >= 12 and all(charts)
     assert opened.said == []
     assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked)
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 1280

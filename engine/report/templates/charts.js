@@ -120,7 +120,7 @@ CHARTS.categories = (figure) => {
   return { traces, layout: { height: 400, xaxis: { tickangle: -60 }, yaxis: { title: { text: `${plain(state.arm)}: ${scoreName("difference in ")}` } } } };
 };
 
-const STEP_CURVES = { losses: "Loss", gradient_norms: "Gradient norm", penalties: "Penalty", distances: "Distance from the start", held_out: "Loss on held-out draws", forgetting: "Forgetting: loss on held-out clips" };
+const STEP_CURVES = { losses: "Loss", gradient_norms: "Gradient norm", penalties: "Penalty", distances: "Distance from the start", fixed_losses: "Loss on fixed draws, mean over noise levels", kl: "KL divergence from the base network, nats", held_out: "Loss on held-out draws", forgetting: "Forgetting: loss on held-out clips" };
 function stepChart(name) {
   return () => {
     const traces = [];
@@ -131,7 +131,7 @@ function stepChart(name) {
       if (name === "losses" && curves.zero_losses && curves.zero_losses.at.length > (zero?.at.length ?? 0)) zero = curves.zero_losses;
     }
     if (zero) traces.push({ x: zero.at, y: zero.median, name: "predicting zero", mode: "lines", line: { color: css("--faint"), dash: "dash", width: 1.5 } });
-    return { traces, layout: { xaxis: { title: { text: "steps taken" } }, yaxis: { title: { text: STEP_CURVES[name].toLowerCase() }, rangemode: "tozero" } } };
+    return { traces, layout: { xaxis: { title: { text: "steps taken" } }, yaxis: { title: { text: STEP_CURVES[name].split(",")[0] }, rangemode: "tozero" } } };
   };
 }
 if ($("steps"))
@@ -140,7 +140,7 @@ if ($("steps"))
 
 D.searches.forEach((search, k) => {
   chart($("searches"), `search-${k}`, () => ({
-    traces: [{ type: "heatmap", x: search.x.map(String), y: search.y.map(String), z: search.z, text: search.text, texttemplate: "%{text}", hovertemplate: `${plain(search.x_name)} %{x}, ${plain(search.y_name)} %{y}: %{z}<extra></extra>`, zmid: 0, colorscale: [[0, css("--bad")], [0.5, css("--card")], [1, css("--good")]], xgap: 2, ygap: 2, colorbar: { thickness: 10, tickfont: { color: css("--soft") } } }],
+    traces: [{ type: "heatmap", x: search.x.map(String), y: search.y.map(String), z: search.z, text: search.text.map((row) => row.map((text) => plain(text).replace("\n", "<br>"))), texttemplate: "%{text}", hovertemplate: `${plain(search.x_name)} %{x}, ${plain(search.y_name)} %{y}: %{z}<extra></extra>`, zmid: 0, colorscale: [[0, css("--bad")], [0.5, css("--card")], [1, css("--good")]], reversescale: search.better < 0, xgap: 2, ygap: 2, colorbar: { thickness: 10, tickfont: { color: css("--soft") } } }],
     layout: { xaxis: { type: "category", title: { text: plain(search.x_name) }, showgrid: false }, yaxis: { type: "category", title: { text: plain(search.y_name) }, showgrid: false }, shapes: (search.chosen ?? []).map(([i, j]) => ({ type: "rect", x0: i - 0.5, x1: i + 0.5, y0: j - 0.5, y1: j + 0.5, line: { color: css("--ink"), width: 2 } })) },
   }), search.title);
 });
