@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from vidtta.bench.synthetic_run import write_synthetic_run
@@ -190,6 +191,11 @@ def test_videos_play_in_step_and_the_difference_is_to_the_truth(opened):
         apart = max(apart, max(times) - min(times))
         page.wait_for_timeout(30)
     assert page.evaluate(TIMES)[0] > 0.3 and apart < 1 / 24
+    page.select_option("[name=speed]", "0.25")
+    push = "document.querySelectorAll('.card')[0].querySelectorAll('video')[1].currentTime += 0.3"
+    assert np.ptp(page.evaluate(f"() => {{ {push}; return {TIMES}; }}")) > 0.2
+    until(page, lambda times: np.ptp(times) < 1 / 24)  # one that fell out of step is brought back
+    page.select_option("[name=speed]", "1")
     card.locator("button").click()
     times = page.evaluate(TIMES)
     assert max(times) == min(times)
