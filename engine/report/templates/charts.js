@@ -34,7 +34,7 @@ function placeLabels(points, better) {
   return placed;
 }
 function costChart(cost) {
-  return () => {
+  return (figure) => {
     const { title, spent, fronts } = D.costs.axes[cost];
     const gains = D.costs.gains[state.score];
     const { digits, better } = SCORE[state.score];
@@ -50,7 +50,8 @@ function costChart(cost) {
     }
     const front = fronts[state.score].filter((label) => shown.includes(label) && !(logs && spent[label] <= 0));
     traces.push({ x: front.map((l) => spent[l]), y: front.map((l) => at(l)[0]), mode: "lines", line: { color: css("--faint"), width: 5, shape: better > 0 ? "hv" : "hv" }, opacity: 0.35, name: "Pareto front", hoverinfo: "skip" });
-    const named = placeLabels(shown.map((label) => [label, logs ? Math.log(Math.max(spent[label], 1)) : spent[label], at(label)[0]]), better);
+    const narrow = figure.clientWidth < 420; // no room for names beside points; the legend tells them
+    const named = narrow ? {} : placeLabels(shown.map((label) => [label, logs ? Math.log(Math.max(spent[label], 1)) : spent[label], at(label)[0]]), better);
     for (const label of shown) {
       const [mean, low, high] = at(label);
       traces.push({
