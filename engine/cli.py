@@ -86,18 +86,6 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(args.runs)
 
 
-def _show(args: argparse.Namespace) -> int:
-    from .show import show
-
-    return show(args.run, args.clip, arms=args.arm, video=args.video)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from .report import make_report
-
-    return make_report(args.runs, args.out, args.figures)
-
-
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -116,6 +104,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor(args.weights)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .show import show
+
+    return show(args.run, args.clip, arms=args.arm, video=args.video)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import make_report
+
+    return make_report(args.runs, args.out, args.figures)
 
 
 def _load(args: argparse.Namespace) -> "Recipe":
@@ -185,6 +185,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
     )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
+    fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
+    fetch.add_argument("what", choices=get_args(What), help="which weights")
+    prepare = command(
+        "prepare",
+        _prepare,
+        "Make clips of one size, rate and length from UCF-101 or any folder of videos.",
+        " ucf101 --source UCF101.rar --out data/ucf101",
+    )
+    add_prepare_arguments(prepare)
+    doctor = command("doctor", _doctor, "Report what this machine can run, and why not the rest.", " --weights DIR")
+    doctor.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights to check too")
     show = command(
         "show", _show, "Show what a run says of one clip.", " runs/demo shifted-test-000000 --video clip.mp4"
     )
@@ -202,17 +213,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--out", type=Path, metavar="FILE", help="the page; by default analysis_report.html in the first run"
     )
     report.add_argument("--figures", type=Path, metavar="DIR", help="also write figures and tables for a paper there")
-    fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
-    fetch.add_argument("what", choices=get_args(What), help="which weights")
-    prepare = command(
-        "prepare",
-        _prepare,
-        "Make clips of one size, rate and length from UCF-101 or any folder of videos.",
-        " ucf101 --source UCF101.rar --out data/ucf101",
-    )
-    add_prepare_arguments(prepare)
-    doctor = command("doctor", _doctor, "Report what this machine can run, and why not the rest.", " --weights DIR")
-    doctor.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights to check too")
     return parser, made
 
 

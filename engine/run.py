@@ -254,21 +254,17 @@ def run_clip(
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)
-    write_kept(session, arm, clip, shown, outcome)
+    write_kept(session, arm, clip, shown.frames, outcome)
     session.directory.write_result(arm, clip.id, result)
     return result
 
 
-def write_kept(session: Session, arm: str, clip: Clip, shown: Shown, outcome: Outcome) -> None:
-    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state; beside
-    the first arm's video also the real one.
-    """
+def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
+    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
     folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
     if "video" in keep:
-        video = torch.cat([shown.frames[: window.known_frames], to_uint8(outcome.pixels).cpu()])
+        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
         write_video(folder / "video.mp4", video, window.fps)
-        if not (truth := session.directory.truth(clip.id, shown.content)).exists():
-            write_video(truth, shown.frames, window.fps)
     for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
         if name in keep and tensors:
             write_tensors(folder / f"{name}.safetensors", tensors)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .arms import Arm, arms_of
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
+from .data.video import to_uint8, write_video
 from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
@@ -194,7 +195,12 @@ class Session:
         return encode_known(self.models.vae, pixels_3FHW, window, generator)
 
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
-        """Write the scores of the references for a clip, and what kind of clip it is, once for all arms."""
+        """Write the scores of the references for a clip, what kind of clip it is, and its video where videos are kept; once for
+        all arms.
+        """
+        truth = self.directory.truth(clip.id, content)
+        if "video" in self.recipe.keep and not truth.exists():
+            write_video(truth, to_uint8(pixels_3FHW).cpu(), self.recipe.window.fps)
         path = self.directory.reference(clip.id)
         flow = self.recipe.scores.flow
         key = sha256_json([self._vae_key(content), self.lpips_reason, flow])
