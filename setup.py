@@ -26,6 +26,9 @@ setup(
             "models/published_keys.json",
             "prepare/ucf101_captions.txt",
             "prepare/README.md",
+            "report/README.md",
+            "report/templates/*",
+            "report/vendor/*",
         ],
     },
     # The caps on torch and torchvision keep pip from replacing one of the pair alone: each torchvision pins one torch.
@@ -48,6 +51,9 @@ setup(
         "rich>=13",
         "ftfy>=6.2",
         "beautifulsoup4>=4.12",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "scipy>=1.15",
         "pytest-benchmark>=5",
     ],
     extras_require={
@@ -58,6 +64,7 @@ setup(
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "scikit-image>=0.24",
+            "playwright>=1.50",
             "ruff>=0.14",
             "pyright[nodejs]>=1.1.400",
         ],

@@ -71,8 +71,12 @@ def _schema(args: argparse.Namespace) -> int:
     import json
 
     from .recipe import recipe_schema
+    from .recipe_reference import recipe_reference
 
-    print(json.dumps(recipe_schema(), indent=2))
+    schema = recipe_schema()
+    print(
+        recipe_reference(schema) if args.markdown else json.dumps(schema, indent=2), end="" if args.markdown else "\n"
+    )
     return 0
 
 
@@ -100,6 +104,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor(args.weights)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .show import show
+
+    return show(args.run, args.clip, arms=args.arm, video=args.video)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report import make_report
+
+    return make_report(args.runs, args.out, args.figures)
 
 
 def _load(args: argparse.Namespace) -> "Recipe":
@@ -163,7 +179,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_recipe(validate)
     command("recipes", _recipes, "List the packaged recipes.", "")
-    command("schema", _schema, "Print the JSON schema of a recipe, for editors.", " > recipe.schema.json")
+    schema = command("schema", _schema, "Print the JSON schema of a recipe, for editors.", " > recipe.schema.json")
+    schema.add_argument("--markdown", action="store_true", help="print the reference of every key as Markdown instead")
     compare = command(
         "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
     )
@@ -179,6 +196,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add_prepare_arguments(prepare)
     doctor = command("doctor", _doctor, "Report what this machine can run, and why not the rest.", " --weights DIR")
     doctor.add_argument("--weights", type=Path, metavar="DIR", help="a folder of weights to check too")
+    show = command(
+        "show", _show, "Show what a run says of one clip.", " runs/demo shifted-test-000000 --video clip.mp4"
+    )
+    show.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    show.add_argument("clip", metavar="CLIP", help="the clip's id")
+    show.add_argument(
+        "--arm", action="append", metavar="ARM", help="this arm and the baseline alone; may be given again"
+    )
+    show.add_argument("--video", type=Path, metavar="FILE", help="write baseline, arms and truth side by side there")
+    report = command(
+        "report", _report, "Write a page that says whether adapting helped, where and at what cost.", " runs/demo"
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; by default analysis_report.html in the first run"
+    )
+    report.add_argument("--figures", type=Path, metavar="DIR", help="also write figures and tables for a paper there")
     return parser, made
 
 

@@ -1,6 +1,6 @@
 """`vidtta compare`: every arm of some runs against the baseline of the same protocol, with intervals."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,10 @@ def compare(roots: list[Path]) -> int:
     return 0
 
 
-def read_results(root: Path) -> list[Result]:
-    """Every finished result of a run directory, in the order of arms and clips."""
-    results = [read_json(path) for path in sorted(root.glob("arms/*/clips/*/result.json"))]
-    finished: list[Result] = [result for result in results if result is not None]
+def read_results(root: Path, keep: Callable[[dict[str, Any]], Result] = lambda result: result) -> list[Result]:
+    """Every finished result of a run directory, in the order of arms and clips; of each, what `keep` returns."""
+    results = (read_json(path) for path in sorted(root.glob("arms/*/clips/*/result.json")))
+    finished: list[Result] = [keep(result) for result in results if result is not None]
     if not finished:
         raise UserError(f"{root}: no finished result lies in it; give the output_dir of a run")
     return finished

@@ -1,7 +1,7 @@
 """A run on disk, and the keys that decide whether two results belong together.
 
     recipe.yaml environment.json choices.json
-    shared/captions/ shared/latents/ shared/references/      what the arms share, named by content
+    shared/captions/ latents/ references/ truth/             what the arms share, named by content
     arms/<arm>/clips/<clip>/result.json                      written last and atomically: its presence means done
                             failure.json                     why there is no result; a later run tries again
                             video.mp4 latents.safetensors adapter.safetensors   as the recipe's `keep` says
@@ -33,6 +33,10 @@ class RunDirectory:
 
     def reference(self, clip_id: str) -> Path:
         return self.shared / "references" / f"{clip_id}.json"
+
+    def truth(self, clip_id: str, content: str) -> Path:
+        """The real clip as a video, for looking at beside the arms'. content: the result's key of the clip."""
+        return self.shared / "truth" / f"{clip_id}-{content[:16]}.mp4"
 
     def comparison(self, clip_id: str) -> Path:
         return self.root / "comparisons" / f"{clip_id}.mp4"

@@ -11,10 +11,12 @@ from torch import Tensor
 from .arms import Arm, arms_of
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
+from .data.video import to_uint8, write_video
 from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .methods.protocol import Adapter
+from .metrics.complexity import compute_complexity
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
@@ -193,15 +195,21 @@ class Session:
         return encode_known(self.models.vae, pixels_3FHW, window, generator)
 
     def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
-        """Write the scores of the references for a clip, once for all arms."""
+        """Write the scores of the references for a clip, what kind of clip it is, and its video where videos are kept; once for
+        all arms.
+        """
+        truth = self.directory.truth(clip.id, content)
+        if "video" in self.recipe.keep and not truth.exists():
+            write_video(truth, to_uint8(pixels_3FHW).cpu(), self.recipe.window.fps)
         path = self.directory.reference(clip.id)
         flow = self.recipe.scores.flow
         key = sha256_json([self._vae_key(content), self.lpips_reason, flow])
-        if (read_json(path) or {}).get("key") != key:
+        held = read_json(path) or {}
+        if held.get("key") != key or "kind" not in held:
             scores = reference_scores(
                 self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason, flow
             )
-            write_json(path, {"clip": clip.id, "key": key, "scores": scores})
+            write_json(path, {"clip": clip.id, "key": key, "kind": compute_complexity(pixels_3FHW), "scores": scores})
 
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""

@@ -142,7 +142,7 @@ def write_comparisons(
     untrained: bool,
     check_stop: Callable[[], None],
 ) -> list[str]:
-    """For each clip with every arm's video: truth and arms side by side. Made from the arms' videos, for looking only.
+    """For each clip with every arm's video: the arms and the truth side by side. Made from the arms' videos, for looking only.
     untrained: say on the generated frames that the weights are.
 
     Returns a sentence for each that could not be made: results do not depend on them.
@@ -166,10 +166,11 @@ def _write_comparison(target: Path, clip: Clip, videos: dict[str, Path], window:
     from .data.video import read_window, side_by_side, write_video
 
     frames, fps = window.total_frames, window.fps
-    height, width = _size(next(iter(videos.values())))
-    columns = [("truth", read_clip(clip, frames=frames, fps=fps, height=height, width=width))]
-    for arm, video in videos.items():
-        columns.append((arm, read_window(video, frames=frames, fps=fps, height=height, width=width)))
+    height, width = video_size(next(iter(videos.values())))
+    columns = [
+        (arm, read_window(video, frames=frames, fps=fps, height=height, width=width)) for arm, video in videos.items()
+    ]
+    columns.append(("truth", read_clip(clip, frames=frames, fps=fps, height=height, width=width)))
     write_video(target, side_by_side(columns, window.known_frames, "untrained" if untrained else ""), fps)
 
 
@@ -177,7 +178,7 @@ def _newer(target: Path, sources: list[Path]) -> bool:
     return target.exists() and all(target.stat().st_mtime_ns >= s.stat().st_mtime_ns for s in sources)
 
 
-def _size(video: Path) -> tuple[int, int]:
+def video_size(video: Path) -> tuple[int, int]:
     """Height and width of a video file that this run wrote; raises UserError where it is damaged."""
     from .data.decode import Limits, open_pictures
 

@@ -13,10 +13,12 @@ from vidtta.engine import run as run_module
 from vidtta.engine import session as session_module
 from vidtta.engine.data.video import read_window, to_model
 from vidtta.engine.environment import describe_code
+from vidtta.engine.metrics.complexity import compute_complexity
 from vidtta.engine.metrics.score import score_frames, score_motion
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.models.load import load_dit, load_vae
 from vidtta.engine.recipe import load_recipe
+from vidtta.engine.rundir import RunDirectory
 from vidtta.engine.text import cache
 
 from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, KNOWN, TOTAL, WIDTH, tiny_lab
@@ -218,13 +220,25 @@ def test_the_summary_has_every_clip_of_every_arm_and_reference(lab, first):
 
 def test_videos_play(lab, first):
     for clip in CLIPS:
-        # Columns of 24 pixels for the truth and three arms, 2 for a line between, labels of 40 above.
+        # Columns of 24 pixels for three arms and the truth, 2 for a line between, labels of 40 above.
         assert played(first / "comparisons" / f"{clip}.mp4") == [(HEIGHT + 40, 4 * WIDTH + 3 * 2)] * TOTAL
     for arm in ("baseline", *ARMS):
         path = first / "arms" / arm / "clips" / "ball" / "video.mp4"
         assert played(path) == [(HEIGHT, WIDTH)] * TOTAL
         given = read_window(path, frames=KNOWN, fps=24, height=HEIGHT, width=WIDTH)
         assert (given.float() - lab.frames("ball")[:KNOWN].float()).abs().mean() < 12
+
+
+def test_the_real_clip_is_kept_once_beside_the_arms_videos(lab, first):
+    for clip in CLIPS:
+        content = lab.result("first", "full", clip)["keys"]["clip"]
+        (path,) = (first / "shared/truth").glob(f"{clip}-*.mp4")
+        assert path == RunDirectory(first).truth(clip, content)
+        assert played(path) == [(HEIGHT, WIDTH)] * TOTAL
+        shown = read_window(path, frames=TOTAL, fps=24, height=HEIGHT, width=WIDTH)
+        assert (shown.float() - lab.frames(clip).float()).abs().mean() < 12
+        kind = lab.read("first", "shared", "references", f"{clip}.json")["kind"]
+        assert kind == compute_complexity(to_model(lab.frames(clip)))
 
 
 def test_what_keep_names_and_nothing_more(lab, first):
