@@ -62,5 +62,5 @@ setup(
             "pyright[nodejs]>=1.1.400",
         ],
     },
-    entry_points={"console_scripts": ["vidtta=vidtta.engine.cli:main"]},
+    entry_points={"console_scripts": ["vidtta=vidtta.engine.cli:entry"]},
 )
