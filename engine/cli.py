@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from .cluster.options import add_submit_arguments
 from .errors import Interrupted, MachineFailed, UserError
 from .fetch import What
 from .prepare.command import add_arguments as add_prepare_arguments
@@ -108,6 +109,24 @@ def _status(args: argparse.Namespace) -> int:
     return print_status(args.run)
 
 
+def _submit(args: argparse.Namespace) -> int:
+    for name in (args.recipe, *args.then):
+        read_layers(name, args.overrides)
+    from .cluster.submit import Wishes, submit
+
+    wishes = Wishes(
+        limit=args.time,
+        hours=args.hours,
+        gpus=args.gpus,
+        at_once=args.at_once,
+        seconds_a_clip=args.seconds_a_clip,
+        after=args.after,
+        options=tuple(args.sbatch),
+        allow_failed=args.allow_failed,
+    )
+    return submit((args.recipe, *args.then), args.overrides, wishes, dry_run=args.dry_run)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -199,6 +218,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "status", _status, "Show how far a run is, who works on it, and when it may be done.", " runs/lora"
     )
     status.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    submit = command(
+        "submit",
+        _submit,
+        "Submit a recipe to Slurm as an array, its report behind it.",
+        " recipes/lora.yaml data.clips=DIR",
+    )
+    _add_recipe(submit)
+    add_submit_arguments(submit)
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
     prepare = command(
