@@ -22,8 +22,6 @@ from .data.clips import Clip
 from .errors import UserError
 from .files import sha256_json, write_json
 
-RESULT_KEYS = {"clip", "arm", "keys", "settings", "adaptation", "scores", "cost"}
-
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -44,8 +42,7 @@ class RunDirectory:
 
     def result(self, arm: str, clip_id: str) -> dict[str, Any] | None:
         """A finished result; None if there is none or its file is damaged (it is then made again)."""
-        result = read_json(self.clip(arm, clip_id) / "result.json")
-        return result if result is not None and result.keys() >= RESULT_KEYS else None
+        return read_json(self.clip(arm, clip_id) / "result.json")
 
     def set_aside_damaged(self, arm: str, clip_id: str) -> Path | None:
         """Rename a result that can be read and is none; returns where it now lies. Raises OSError where it cannot be read."""

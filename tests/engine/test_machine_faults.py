@@ -156,10 +156,10 @@ def test_a_file_system_that_stays_away_ends_the_process(lab, monkeypatch, capsys
 def test_a_damaged_result_is_kept_aside_and_made_again(lab, undisturbed, capsys):
     assert lab.run("damaged") == 0
     folder = lab.root / "damaged/arms/full/clips/ball"
-    (folder / "result.json").write_text('{"clip": "ball"}')
+    (folder / "result.json").write_text('{"clip": "ball"')
     assert lab.run("damaged") == 0
     (aside,) = folder.glob("damaged-*.json")
-    assert aside.read_text() == '{"clip": "ball"}'
+    assert aside.read_text() == '{"clip": "ball"'
     assert one_sentence(capsys) == f"warning: a damaged result is kept as {aside} and made again"
     assert lab.results("damaged") == undisturbed
 
