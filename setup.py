@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The top-level folders are the sub-packages of `vidtta`; there is no `vidtta/` folder.
-FOLDERS = ["engine", "kernels", "bench", "recipes"]
+FOLDERS = ["engine", "kernels", "bench", "recipes", "slurm"]
 packages = ["vidtta"] + [
     f"vidtta.{name}" for name in find_packages(include=[p for f in FOLDERS for p in (f, f"{f}.*")])
 ]
@@ -20,6 +20,7 @@ setup(
     packages=packages,
     package_data={
         "vidtta.recipes": ["*.yaml", "*.md", "clips/*"],
+        "vidtta.slurm": ["*.sbatch", "*.md"],
         "vidtta.engine": [
             "models/embedded/*",
             "models/embedded/*/*",
@@ -69,5 +70,5 @@ setup(
             "pyright[nodejs]>=1.1.400",
         ],
     },
-    entry_points={"console_scripts": ["vidtta=vidtta.engine.cli:main"]},
+    entry_points={"console_scripts": ["vidtta=vidtta.engine.cli:entry"]},
 )

@@ -4,24 +4,41 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from .errors import Interrupted, UserError
+from .cluster.options import add_submit_arguments
+from .errors import Interrupted, MachineFailed, UserError
 from .fetch import What
 from .prepare.command import add_arguments as add_prepare_arguments
 from .recipe_files import list_recipes, read_layers
+from .stop import listen_for_out_of_time
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
+EXIT_CRASHED = 70
+"""EX_SOFTWARE of sysexits.h: an error of vidtta itself. Python's own 1 is a run's `some clips failed`."""
+
+
+def entry() -> None:
+    """`vidtta` as a program: `main`, an exit status of its own for what it does not foresee, and an end that nothing holds up."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = EXIT_CRASHED
+    if status == MachineFailed.exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # destructors of a failed GPU's tensors abort the process, with another status
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for a user's mistake, 130 when interrupted, or what the run gives."""
+    """Run one command and return its exit status: that of the error (see errors.py), or what the command gives."""
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         status = args.command(args)
@@ -29,16 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return error.exit_status
+    except MachineFailed as error:
+        print(f"error: {error}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
+        return error.exit_status
     except (KeyboardInterrupt, Interrupted) as error:
         print(f"interrupted {error}".rstrip(), file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return error.exit_status if isinstance(error, Interrupted) else Interrupted.exit_status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again while it exits
         return 1
 
 
 def _run(args: argparse.Namespace) -> int:
+    listen_for_out_of_time()
     recipe = _load(args)
     from .recipe import dump_recipe
 
@@ -86,6 +107,30 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(args.runs)
 
 
+def _status(args: argparse.Namespace) -> int:
+    from .cluster.status import print_status
+
+    return print_status(args.run)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    for name in (args.recipe, *args.then):
+        read_layers(name, args.overrides)
+    from .cluster.submit import Wishes, submit
+
+    wishes = Wishes(
+        limit=args.time,
+        hours=args.hours,
+        gpus=args.gpus,
+        at_once=args.at_once,
+        seconds_a_clip=args.seconds_a_clip,
+        after=args.after,
+        options=tuple(args.sbatch),
+        allow_failed=args.allow_failed,
+    )
+    return submit((args.recipe, *args.then), args.overrides, wishes, dry_run=args.dry_run)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -95,6 +140,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    listen_for_out_of_time()
     from .prepare.command import prepare_command
 
     return prepare_command(args)
@@ -185,6 +231,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
     )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
+    status = command(
+        "status", _status, "Show how far a run is, who works on it, and when it may be done.", " runs/lora"
+    )
+    status.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    submit = command(
+        "submit",
+        _submit,
+        "Submit a recipe to Slurm as an array, its report behind it.",
+        " recipes/lora.yaml data.clips=DIR",
+    )
+    _add_recipe(submit)
+    add_submit_arguments(submit)
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
     prepare = command(

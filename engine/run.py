@@ -3,8 +3,8 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
+from .cluster.attempts import persist
+from .cluster.machine import GONE
+from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
+from .cluster.presence import Presence, present
 from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model, to_uint8, write_video
 from .environment import describe_environment
-from .errors import Interrupted, UserError
+from .errors import Interrupted, MachineFailed, UserError
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
@@ -32,8 +36,8 @@ from .progress import RunProgress
 from .references import score_continuation
 from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
 from .session import Session
-from .stop import stop_flag
-from .summary import marks_of, print_summary, write_comparisons, write_summary
+from .stop import StopFlag, stop_flag
+from .summary import Row, marks_of, print_summary, write_comparisons, write_summary
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -44,17 +48,25 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | None = None, quiet: bool = False) -> int:
     """Run a recipe on clips batch_start .. batch_end - 1; returns the exit status.
 
-    0: every clip has a result; 1: some clips failed (each is named with its reason); 130: stopped by a signal, and the same
-    command goes on where it stopped. Raises UserError for what concerns the whole run.
+    0: every clip has a result; 1: some clips failed (each is named with its reason); 130: stopped by SIGINT or SIGTERM, 75: by
+    SIGUSR1, and the same command goes on where it stopped. Of several tasks that srun or torchrun started together, each takes
+    its share of the clips. Raises UserError for what concerns the whole run, MachineFailed where a GPU or file system fails.
     """
-    session = prepare(recipe, batch_start, batch_end)
+    place = this_place()
+    share_compile_cache(Path(recipe.output_dir))
+    session = prepare(recipe, batch_start, batch_end, place)
     directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
     for arm in [arm for arm, waiting in todo.items() if waiting]:
         session.attach(arm).detach()  # what the network cannot take is said before the first clip
     failed = 0
     clips = sum(map(len, todo.values()))
-    with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
+    with (
+        system_errors_told(directory.root),
+        stop_flag() as stop,
+        RunProgress(clips, quiet) as progress,
+        present(directory.root, clips) as presence,
+    ):
         write_head(session)
         remove_abandoned(directory.root, (directory.root / "recipe.yaml").stat().st_mtime)
         if clips:
@@ -63,7 +75,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             progress.say(f"warning: {warning}")
         try:
             for arm, waiting in todo.items():
-                failed += run_arm(session, arm, waiting, progress, stop.check)
+                failed += run_arm(session, arm, waiting, progress, presence, stop)
             for sentence in write_comparisons(
                 directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
             ):
@@ -71,29 +83,41 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         except Interrupted as reason:
             write_summary(directory, session.listed, arms)
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
-            return 130
-        rows = write_summary(directory, session.listed, arms)
+            return reason.exit_status
+        rows = write_last_summary(session)
     if not quiet:
         print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
         print(f"results missing: {failed}; the reasons are in {where}", file=sys.stderr)
+        if under_torchrun():
+            return 0  # or it would end the other tasks; `vidtta status` tells of the failed clips
     return 1 if failed else 0
 
 
 @contextmanager
-def full_disk_told(root: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full; what is finished stays."""
+def system_errors_told(root: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full, or that its file system is gone; what is finished stays."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise UserError(f"{root}: {error.strerror}; free some space and give the same command again") from error
+        if error.errno in NO_SPACE:
+            raise UserError(f"{root}: {error.strerror}; free some space and give the same command again") from error
+        if error.errno in GONE:
+            raise MachineFailed(f"{root}: the file system failed ({error.strerror})") from error
+        raise
 
 
-def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) -> Session:
+def write_last_summary(session: Session) -> list[Row]:
+    """Write the summary; again where tasks finished clips meanwhile, so that the last of several that end at once has them all."""
+    directory, before = session.directory, -1
+    while before != (before := directory.count_results()):
+        rows = write_summary(directory, session.listed, list(session.arms))
+    return rows
+
+
+def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, place: Place) -> Session:
     """List the clips and load the models; whatever is missing for the whole run is said here, before the first clip."""
     from .recipe import warnings
 
@@ -106,6 +130,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
     chosen = clips[batch_start:batch_end]
     if not chosen:
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
+    chosen = place.share(chosen)
     reason = LPIPS.available()
     if reason and recipe.scores.lpips == "required":
         raise UserError(
@@ -126,7 +151,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
 
 
 def run_arm(
-    session: Session, arm: str, clips: list[Clip], progress: RunProgress, check_stop: Callable[[], None]
+    session: Session, arm: str, clips: list[Clip], progress: RunProgress, presence: Presence, stop: StopFlag
 ) -> int:
     """One method on its clips; returns how many failed. Afterwards the network is bit for bit as before."""
     if not clips:
@@ -134,7 +159,7 @@ def run_arm(
 
     def step(phase: str, done: int, total: int) -> None:
         progress.step(phase, done, total)
-        check_stop()
+        stop.check(in_clip=phase != "captions")
 
     placebo = session.arms[arm].placebo
     others = [session.other(clip) for clip in clips] if placebo == "other_clip" else []
@@ -143,11 +168,20 @@ def run_arm(
     failed = 0
     try:
         for clip in clips:
-            check_stop()
+            stop.check()
+            if session.finished(arm, clip):
+                progress.finished(f"{arm}  {clip.id}  made by another task")
+                continue
             progress.clip(arm, clip.id)
+            presence.clip(arm, clip.id)
+            make = partial(run_clip, session, arm, clip, captions, adapter, step)
             try:
-                result = run_clip(session, arm, clip, captions, adapter, step)
+                result = persist(make, session.models.dit, session.directory.root, stop.check, progress.say)
             except Interrupted:
+                raise
+            except MachineFailed as error:
+                with suppress(OSError):
+                    write_failure(session, arm, clip, error)  # so that whoever goes on tries this clip last
                 raise
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -157,8 +191,12 @@ def run_arm(
                 progress.finished(f"{arm}  {clip.id}  FAILED: {reason}")
                 continue
             progress.finished(_line(arm, clip.id, result))
-    finally:
+    except MachineFailed:
+        raise  # the process ends; a failed GPU would not restore anything
+    except BaseException:
         adapter.detach()
+        raise
+    adapter.detach()
     if state_hash(session.models.dit) != session.models.hashes["dit"]:
         for clip in clips:
             session.directory.remove_result(arm, clip.id)
@@ -194,9 +232,15 @@ def known_latents(session: Session, clip: Clip) -> Tensor:
 
 
 def run_clip(
-    session: Session, arm: str, clip: Clip, captions: dict[str, Caption], adapter: Adapter, progress: Progress
+    session: Session,
+    arm: str,
+    clip: Clip,
+    captions: dict[str, Caption],
+    adapter: Adapter,
+    progress: Progress,
+    retries: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """One clip through one method: read, encode, adapt, sample, decode, score, write."""
+    """One clip through one method: read, encode, adapt, sample, decode, score, write. retries: why it is tried again."""
     window, device, placebo = session.recipe.window, session.models.dit.device, session.arms[arm].placebo
     seconds: dict[str, float] = {}
     with timed(seconds, "read", device):
@@ -240,6 +284,7 @@ def run_clip(
         "meta": clip.meta,
         "marks": [*session.marks],
         "warnings": [*session.warnings],
+        "retries": [*retries],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
         "settings": settings,
         "seeds": session.describe_seeds(clip.id),
@@ -272,7 +317,7 @@ def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outc
 
 def write_failure(session: Session, arm: str, clip: Clip, error: Exception) -> str:
     """Record why a clip has no result, with the traceback unless it is the clip's own fault; returns the reason."""
-    foreseen = isinstance(error, UserError | FloatingPointError | ValueError)
+    foreseen = isinstance(error, UserError | MachineFailed | FloatingPointError | ValueError)
     reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
     trace = None if isinstance(error, UserError) else traceback.format_exc()
     failure = {"clip": clip.id, "arm": arm, "reason": reason, "traceback": trace}

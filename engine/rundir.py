@@ -4,12 +4,15 @@
     shared/captions/ latents/ references/ truth/             what the arms share, named by content
     arms/<arm>/clips/<clip>/result.json                      written last and atomically: its presence means done
                             failure.json                     why there is no result; a later run tries again
+                            damaged-<hash>.json              a result that could not be read, kept aside and made again
                             video.mp4 latents.safetensors adapter.safetensors   as the recipe's `keep` says
     comparisons/<clip>.mp4 summary.csv                       derived: can be made again from the rest
+    tasks/ logs/                                             who is at work (`vidtta status`), what batch jobs printed
 
 One directory a clip and no file that two tasks write differently, so any number of tasks may share a run directory.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,22 @@ class RunDirectory:
     def result(self, arm: str, clip_id: str) -> dict[str, Any] | None:
         """A finished result; None if there is none or its file is damaged (it is then made again)."""
         return read_json(self.clip(arm, clip_id) / "result.json")
+
+    def set_aside_damaged(self, arm: str, clip_id: str) -> Path | None:
+        """Rename a result that can be read and is none; returns where it now lies. Raises OSError where it cannot be read."""
+        path = self.clip(arm, clip_id) / "result.json"
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if self.result(arm, clip_id) is not None:  # made by another task in this moment
+            return None
+        aside = path.with_name(f"damaged-{hashlib.sha256(content).hexdigest()[:12]}.json")
+        path.replace(aside)
+        return aside
+
+    def count_results(self) -> int:
+        return sum(1 for _ in self.root.glob("arms/*/clips/*/result.json"))
 
     def failure(self, arm: str, clip_id: str) -> dict[str, Any] | None:
         return read_json(self.clip(arm, clip_id) / "failure.json")

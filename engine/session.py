@@ -1,5 +1,6 @@
 """What stays the same from clip to clip of a run, and what its arms share: captions, known latents, reference scores."""
 
+import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ class Session:
         return plain_json(value)
 
     def unfinished(self) -> dict[str, list[Clip]]:
-        """Clips of this task without a result, by arm.
+        """Clips of this task without a result, by arm; those that failed before come last, so that none holds up the others.
 
         Raises UserError where a result of any listed clip was made under other settings, or, for this task's clips, from
         another video: one table must not mix them.
@@ -121,9 +122,17 @@ class Session:
             for clip in self.listed:
                 content = self._content(arm, clip, contents) if clip.id in chosen else None
                 result = check_same_settings(self.directory, arm, clip, settings, content)
+                if result is None and clip.id in chosen and (aside := self.directory.set_aside_damaged(arm, clip.id)):
+                    print(f"warning: a damaged result is kept as {aside} and made again", file=sys.stderr)
                 if clip.id in chosen and not (result and self._complete(arm, clip, result)):
                     waiting[arm].append(clip)
+            waiting[arm].sort(key=lambda clip, arm=arm: self.directory.failure(arm, clip.id) is not None)
         return waiting
+
+    def finished(self, arm: str, clip: Clip) -> bool:
+        """Whether a clip that had no result has one by now, of another task whose range overlaps with this one's."""
+        result = check_same_settings(self.directory, arm, clip, self.settings(arm))
+        return result is not None and self._complete(arm, clip, result)
 
     def _content(self, arm: str, clip: Clip, contents: dict[str, str]) -> dict[str, Any] | None:
         """What a result of this clip must say of the videos it was made from; None where the clip cannot be read."""

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from ..cluster.place import this_place
 from ..determinism import make_deterministic
 from ..errors import UserError
 from ..text.encoder import embedded_table, is_embedded, trained_width
@@ -38,7 +39,7 @@ class ModelSettings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the transformer and the autoencoder compute in; the text encoder is float32, as in the official inference."""
     device: str = "auto"
-    """auto (the first GPU, else the CPU), cpu, or cuda:N."""
+    """auto (the first GPU, of several tasks on a host each its own; else the CPU), cpu, or cuda:N."""
     deterministic: bool = True
     """Use deterministic algorithms alone, so that the same inputs give the same bits on the same card and versions."""
     allow_untrained: bool = False
@@ -58,7 +59,8 @@ class Models:
 def choose_device(name: str) -> torch.device:
     """The device that a recipe names; raises UserError for one that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", this_place().local_rank % count) if count else torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -109,6 +111,8 @@ def load_models(settings: ModelSettings) -> Models:
     if settings.deterministic:
         make_deterministic()
     device, dtype = choose_device(settings.device), getattr(torch, settings.dtype)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its inputs lie on
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # else cuDNN rounds what float32 convolutions multiply to 10 bits
     if device.type == "cpu" and dtype == torch.bfloat16:
         # Some virtual machines announce AMX and kill a program that uses it; oneDNN then takes AVX-512 or less.

@@ -47,7 +47,7 @@ def prepare(
 ) -> int:
     """Prepare clips in `out`; return 0, or 1 when not one could be prepared.
 
-    Raises UserError for what the user can mend, Interrupted on SIGINT or SIGTERM; the same command then goes on.
+    Raises UserError for what the user can mend, Interrupted on SIGINT or SIGTERM, OutOfTime on SIGUSR1; the same command then goes on.
     """
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{out} lies within the source {source}; give a folder elsewhere as --out")
@@ -66,7 +66,7 @@ def prepare(
                 )
             except Interrupted as error:
                 where = f"after {progress.done} of {progress.total} clips"
-                raise Interrupted(f"{where}; the same command goes on from there") from error
+                raise type(error)(f"{where}; the same command goes on from there") from error
         if kind == "folder":
             place = {clip.id: number for number, clip in enumerate(found.candidates)}
             chosen.sort(key=lambda clip: place[clip.id])

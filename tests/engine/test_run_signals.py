@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from vidtta.engine import run as run_module
+from vidtta.engine import stop
 
 from .tiny_run import FORKS, FULL, one_sentence, run_in_child, tiny_lab, wait_for
 
@@ -61,6 +63,25 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(lab, undistur
     assert lab.run(output) == 0
     assert lab.results(output) == undisturbed
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_the_warning_of_a_time_limit_asks_for_a_requeue_after_the_clip_in_hand(lab, undisturbed, monkeypatch):
+    """The signal comes while the first clip is adapted: that clip is finished, and no other begun."""
+    output = "out of time"
+    go_on = run_module.continue_clip
+
+    def told(*args, **settings):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        while not stop._heard:
+            time.sleep(0.001)
+        return go_on(*args, **settings)
+
+    monkeypatch.setattr(run_module, "continue_clip", told)
+    assert lab.run(output) == 75
+    assert list(lab.results(output)) == ["baseline/ball"]
+    monkeypatch.setattr(run_module, "continue_clip", go_on)
+    assert lab.run(output) == 0
+    assert lab.results(output) == undisturbed
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -1,0 +1,1 @@
+"""Batch files for Slurm; `vidtta submit` hands them to sbatch."""
