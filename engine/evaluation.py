@@ -30,7 +30,7 @@ def evaluate(task: Task) -> Iterator[Level]:
     for index, t in enumerate(TIMESTEPS):
         noise = normal(tuple(task.latents.shape), task.recipe_seed, task.clip_id, "evaluation", index)
         draw = Draw(torch.tensor([t], device=task.latents.device), noise.to(task.latents.device))
-        yield Level(t, task.loss(draw, text).item(), task.zero_loss(draw).item())
+        yield Level(t, task.velocity_loss(draw, text).item(), task.zero_loss(draw).item())
 
 
 def check_predicts(levels: list[Level], clip_id: str) -> None:

@@ -90,6 +90,8 @@ class Recipe:
     """Methods to compare, by the name of their folder; one of kind none, called baseline, comes first."""
     placebos: tuple[ArmName, ...] = ()
     """Arms that also run as placebos: adapted on another clip, and changed at random by an equal norm."""
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Continuations a clip and arm, from one adapted network and different noise; all are scored, the first is kept and shown."""
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     """How continuations are scored."""
     keep: tuple[Literal["video", "latents", "adapter"], ...] = ("video",)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
+from .continual import Carried
 from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
 from .data.read import read_clip
@@ -21,7 +22,8 @@ from .data.video import to_model, to_uint8, write_video
 from .environment import describe_environment
 from .errors import Interrupted, UserError
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
-from .methods.protocol import Adapter
+from .fisher import prepare_fisher
+from .methods.protocol import Adapter, GradientAdapter
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
@@ -29,7 +31,7 @@ from .models.load import load_models
 from .models.stdit3 import Caption
 from .preflight import preflight
 from .progress import RunProgress
-from .references import score_continuation
+from .references import means
 from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
 from .session import Session
 from .stop import stop_flag
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CONTINUAL = "continual adaptation: a result depends on the clips before it in the list (adaptation.reset)"
 
 
 def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | None = None, quiet: bool = False) -> int:
@@ -138,18 +141,27 @@ def run_arm(
 
     placebo = session.arms[arm].placebo
     others = [session.other(clip) for clip in clips] if placebo == "other_clip" else []
-    captions = session.captions([*clips, *others], step)
+    earlier = [one for clip in clips for one in session.adapted_before(arm, clip)]
+    captions = session.captions(list({clip.id: clip for clip in [*clips, *others, *earlier]}.values()), step)
     adapter = session.attach(arm)
+    carried = Carried(session, arm, adapter, partial(known_of, session, captions))
     failed = 0
     try:
+        if isinstance(adapter, GradientAdapter) and (
+            found := prepare_fisher(session, arm, adapter.masters, partial(known_latents, session), step)
+        ):
+            adapter.fisher = found[0]
         for clip in clips:
             check_stop()
             progress.clip(arm, clip.id)
             try:
+                carried.bring_to(clip, step)
                 result = run_clip(session, arm, clip, captions, adapter, step)
+                carried.adapted_on(clip)
             except Interrupted:
                 raise
             except Exception as error:
+                carried.forget()
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
                 failed += 1
@@ -187,6 +199,11 @@ def read(session: Session, clip: Clip) -> Shown:
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
+def known_of(session: Session, captions: dict[str, Caption], clip: Clip) -> Known:
+    """All that a method may know of a clip."""
+    return Known(clip.id, known_latents(session, clip), captions[clip.id].to(session.models.dit.device))
+
+
 def known_latents(session: Session, clip: Clip) -> Tensor:
     """Latents of a clip's known frames, [1, C, K, h, w]."""
     shown = read(session, clip)
@@ -203,11 +220,7 @@ def run_clip(
         shown = read(session, clip)
     pixels = shown.pixels
     latents, seconds["encode"] = session.known_latents(clip, shown.content, pixels)
-    other, adapted_on = None, {clip.id: shown.content}
-    if placebo == "other_clip":
-        other_clip = session.other(clip)
-        other = Known(other_clip.id, known_latents(session, other_clip), captions[other_clip.id].to(device))
-        adapted_on = {other_clip.id: clip_hash(other_clip)}
+    other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
     outcome = continue_clip(
         session.experiment,
         Known(clip.id, latents, captions[clip.id].to(device)),
@@ -215,18 +228,12 @@ def run_clip(
         adapt_on=other,
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
         keep_state="adapter" in session.recipe.keep,
+        restore=not session.continual(arm),
         progress=progress,
     )
     seconds |= outcome.seconds
     with timed(seconds, "score", device):
-        scores = score_continuation(
-            outcome.pixels,
-            pixels,
-            window,
-            lpips=session.lpips,
-            lpips_reason=session.lpips_reason,
-            flow=session.recipe.scores.flow,
-        )
+        scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
     made_from = {
@@ -238,18 +245,19 @@ def run_clip(
         "arm": arm,
         **clip_settings(clip),
         "meta": clip.meta,
-        "marks": [*session.marks],
+        "marks": [*session.marks, *([CONTINUAL] if session.continual(arm) else [])],
         "warnings": [*session.warnings],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
         "settings": settings,
         "seeds": session.describe_seeds(clip.id),
         "window": session.describe_window(),
         "paths": session.describe_paths(),
-        "adapted_on": adapted_on,
+        "adapted_on": {one.id: clip_hash(one) for one in session.adapts_on(arm, clip)},
         "made_from": made_from,
         "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
         "scores": scores,
+        **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .parts import Fisher
 from .protocol import Change, OnStep
 
 
@@ -39,15 +40,21 @@ class FullAdapter:
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
         self.masters = Masters(list(self.trained.values()))
+        self.fisher: Fisher | None = None
+        self.trace = Trace()
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
-        self.masters.reset(self.base)
+        self.trace = Trace()
         return optimize(
             self.masters,
             self.settings,
             lambda step: task.loss(task.draw(step)),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            start=self.base,
+            fisher=self.fisher,
+            held_out=lambda: task.held_out_loss(self.settings.held_out_draws),
             on_step=on_step,
+            trace=self.trace,
         )
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from ..models.attention import TextStates
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .parts import Fisher
 from .protocol import Change, OnStep
 
 Target = Literal[
@@ -32,7 +33,7 @@ class LoRA(AdamW):
 
     kind: Literal["lora"] = "lora"
     lr: float = 1e-4
-    """Learning rate, constant over the steps."""
+    """Learning rate; `schedule` and `warmup` say how it goes over the steps."""
     rank: int = 16
     """Columns of B and rows of A."""
     alpha: float = 16.0
@@ -103,6 +104,8 @@ class LoRAAdapter:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
         self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)])
+        self.fisher: Fisher | None = None
+        self.trace = Trace()
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:
@@ -149,12 +152,18 @@ class LoRAAdapter:
                     prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
             return task.loss_from(prefixes[k], draw, self.cut, text)
 
+        self.trace = Trace()
+        zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
             loss,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
+            start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],
+            fisher=self.fisher,
+            held_out=lambda: task.held_out_loss(self.settings.held_out_draws, fixed_text),
             on_step=on_step,
+            trace=self.trace,
         )
 
     @torch.no_grad()

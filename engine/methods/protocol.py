@@ -7,14 +7,15 @@ between clips `restore` brings every weight back bit for bit, in place.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
-from .optimize import Trace
+from .optimize import Masters, Trace
+from .parts import Fisher
 
 OnStep = Callable[[int, float], None]
 
@@ -36,13 +37,17 @@ class Change:
 class Adapter(Protocol):
     """A method attached to a network."""
 
+    trace: Trace
+    """What the running or last `adapt` has done so far."""
+
     @property
     def steps(self) -> int:
         """Steps that `adapt` will take."""
         ...
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
-        """Adapt to a clip, from the restored state. on_step(step, loss) may raise to stop."""
+        """Adapt to a clip, from the state in force. on_step(step, loss) runs after each step with its weights in force, and may raise
+        to stop."""
         ...
 
     def change(self) -> Change:
@@ -68,6 +73,15 @@ class Adapter(Protocol):
     def detach(self) -> None:
         """Restore and give the network back as it was before `attach`."""
         ...
+
+
+@runtime_checkable
+class GradientAdapter(Adapter, Protocol):
+    """An adapter that takes gradient steps on float32 masters."""
+
+    masters: Masters
+    fisher: Fisher | None
+    """What EWC weighs by; whoever attaches a method with that penalty sets it."""
 
 
 class Method(Protocol):
