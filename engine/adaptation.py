@@ -173,15 +173,21 @@ class Task:
         apart = clean - self.latents.float()  # the error of x0; a difference of errors is the error of the difference
         return (apart[:, :, self.pairs + 1] - apart[:, :, self.pairs]).square().mean()
 
+    def velocity(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
+        """The predicted velocity on the frames that count, float32."""
+        state = self.model.run_layers(self.embed(draw), *(text or self.captions()), self.geometry)
+        return self._counted(self.model.head(state, self.geometry))
+
     def velocity_loss(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
         """Mean squared error of the velocity alone, whatever adapting also lowers."""
-        state = self.model.run_layers(self.embed(draw), *(text or self.captions()), self.geometry)
-        return self.error(self.model.head(state, self.geometry), draw)
+        return (self.velocity(draw, text) - self.target(draw)).square().mean()
 
     def error(self, output: Tensor, draw: Draw) -> Tensor:
         """Mean squared error of the network's output [1, at least C, K, h, w] over the frames that count."""
-        velocity = output[:, : self.latents.shape[1], self.first_counted :]
-        return (velocity.float() - self.target(draw)).square().mean()
+        return (self._counted(output) - self.target(draw)).square().mean()
+
+    def _counted(self, output: Tensor) -> Tensor:
+        return output[:, : self.latents.shape[1], self.first_counted :].float()
 
     def target(self, draw: Draw) -> Tensor:
         """x0 - noise on the frames that count, float32."""

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from . import strict_yaml
 from .adaptation import AdaptationSettings
 from .data.clips import Data
+from .diagnostics import DiagnosticSettings
 from .errors import UserError
 from .methods import METHODS, AnyMethod
 from .models.load import ModelSettings
@@ -94,6 +95,8 @@ class Recipe:
     """Continuations a clip and arm, from one adapted network and different noise; all are scored, the first is kept and shown."""
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     """How continuations are scored."""
+    diagnostics: DiagnosticSettings = field(default_factory=DiagnosticSettings)
+    """What is measured while adapting, beside the results."""
     keep: tuple[Literal["video", "latents", "adapter"], ...] = ("video",)
     """What is written beside each clip's scores."""
 

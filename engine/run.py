@@ -19,10 +19,12 @@ from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model, to_uint8, write_video
+from .diagnostics import Curves, HeldOut
 from .environment import describe_environment
 from .errors import Interrupted, UserError
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
-from .fisher import prepare_fisher
+from .fisher import prepare_fisher, validation_clips
+from .methods import adapts
 from .methods.protocol import Adapter, GradientAdapter
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
@@ -151,12 +153,13 @@ def run_arm(
             found := prepare_fisher(session, arm, adapter.masters, partial(known_latents, session), step)
         ):
             adapter.fisher = found[0]
+        observer = curves_of(session, arm, step)
         for clip in clips:
             check_stop()
             progress.clip(arm, clip.id)
             try:
                 carried.bring_to(clip, step)
-                result = run_clip(session, arm, clip, captions, adapter, step)
+                result = run_clip(session, arm, clip, captions, adapter, step, observer)
                 carried.adapted_on(clip)
             except Interrupted:
                 raise
@@ -199,6 +202,21 @@ def read(session: Session, clip: Clip) -> Shown:
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
+def curves_of(session: Session, arm: str, progress: Progress) -> Curves | None:
+    """The diagnostics of an arm, where the recipe wants them and the arm adapts."""
+    settings, recipe = session.recipe.diagnostics, session.recipe
+    if not settings.wanted or not adapts(session.arms[arm].method):
+        return None
+    held_out = []
+    if settings.held_out:
+        clips = validation_clips(
+            recipe.data, settings.held_out, settings.held_out_limit, session.listed, "diagnostics.held_out"
+        )
+        captions = session.captions(clips, progress)
+        held_out = [HeldOut(known_of(session, captions, clip), read(session, clip).pixels) for clip in clips]
+    return Curves(settings, session.experiment, session.score, held_out)
+
+
 def known_of(session: Session, captions: dict[str, Caption], clip: Clip) -> Known:
     """All that a method may know of a clip."""
     return Known(clip.id, known_latents(session, clip), captions[clip.id].to(session.models.dit.device))
@@ -211,7 +229,13 @@ def known_latents(session: Session, clip: Clip) -> Tensor:
 
 
 def run_clip(
-    session: Session, arm: str, clip: Clip, captions: dict[str, Caption], adapter: Adapter, progress: Progress
+    session: Session,
+    arm: str,
+    clip: Clip,
+    captions: dict[str, Caption],
+    adapter: Adapter,
+    progress: Progress,
+    curves: Curves | None = None,
 ) -> dict[str, Any]:
     """One clip through one method: read, encode, adapt, sample, decode, score, write."""
     window, device, placebo = session.recipe.window, session.models.dit.device, session.arms[arm].placebo
@@ -229,6 +253,7 @@ def run_clip(
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
         keep_state="adapter" in session.recipe.keep,
         restore=not session.continual(arm),
+        observer=curves,
         progress=progress,
     )
     seconds |= outcome.seconds
@@ -263,6 +288,8 @@ def run_clip(
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)
     write_kept(session, arm, clip, shown.frames, outcome)
+    if curves:
+        write_json(session.directory.clip(arm, clip.id) / "curves.json", curves.found)
     session.directory.write_result(arm, clip.id, result)
     return result
 

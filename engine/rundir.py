@@ -3,6 +3,7 @@
     recipe.yaml environment.json choices.json
     shared/captions/ shared/latents/ shared/references/      what the arms share, named by content
     arms/<arm>/clips/<clip>/result.json                      written last and atomically: its presence means done
+                            curves.json                      what diagnostics measured while adapting
                             failure.json                     why there is no result; a later run tries again
                             video.mp4 latents.safetensors adapter.safetensors   as the recipe's `keep` says
     comparisons/<clip>.mp4 summary.csv                       derived: can be made again from the rest

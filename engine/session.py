@@ -168,6 +168,8 @@ class Session:
         if len(result.get("samples", [None])) < self.recipe.samples:
             return False
         folder, adapted = self.directory.clip(arm, clip.id), adapts(self.arms[arm].method)
+        if adapted and self.recipe.diagnostics.wanted and not (folder / "curves.json").exists():
+            return False
         files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
         return all((folder / files[name]).exists() for name in self.recipe.keep if name != "adapter" or adapted)
 

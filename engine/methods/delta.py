@@ -249,7 +249,8 @@ class DeltaAdapter:
                 self.layer.d[index] = self._solve(chosen, len(cached))
             on_step(0, before)
             after = self.loss(cached).item()
-        return Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+        self.trace = Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+        return self.trace
 
     def _solve(self, cached: list[CachedDraw], draws: int) -> Tensor:
         """argmin over d of (1 / draws) sum_k mean |r_k - M_k d|^2 + ridge |d|^2, in float64."""
@@ -270,6 +271,10 @@ class DeltaAdapter:
     def change(self) -> Change:
         distance = self.layer.d.detach().norm().item()
         return Change(distance, distance, int((self.layer.d != 0).sum()), self.layer.d.numel())
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        norms = self.layer.d.detach().norm(dim=1).tolist()
+        return {f"final_layer.d.{index}": (norm, norm) for index, norm in enumerate(norms)}
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

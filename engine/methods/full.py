@@ -12,7 +12,7 @@ from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
-from .protocol import Change, OnStep
+from .protocol import Change, OnStep, by_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,15 @@ class FullAdapter:
             changed = changed + (parameter != base).sum().cpu()
         trained = sum(p.numel() for p in self.trained.values())
         return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return by_layer(
+            (name, (master - base).norm().item() ** 2, (parameter.float() - base.float()).norm().item() ** 2)
+            for (name, parameter), master, base in zip(
+                self.trained.items(), self.masters.tensors, self.base, strict=True
+            )
+        )
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

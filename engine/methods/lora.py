@@ -20,7 +20,7 @@ from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
-from .protocol import Change, OnStep
+from .protocol import Change, OnStep, by_layer
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -83,6 +83,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """What the layer's weight gains in effect, computed from A and B rounded to `dtype`; [out, in] float32."""
+        return self.scale * (self.B.to(dtype).float() @ self.A.to(dtype).float())
 
 
 class LoRAAdapter:
@@ -172,11 +176,21 @@ class LoRAAdapter:
         changed, dtype = 0, self.model.dtype
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
             master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double().cpu()
-            added = adapter.scale * (adapter.B.to(dtype).float() @ adapter.A.to(dtype).float())
-            effective = effective + (added.norm() ** 2).double().cpu()
+            effective = effective + (adapter.added(dtype).norm() ** 2).double().cpu()
             changed += int((adapter.B.to(dtype) != 0).sum()) + int((adapter.A.to(dtype) != start.to(dtype)).sum())
         trained = sum(p.numel() for p in self.masters.parameters)
         return Change(master.sqrt().item(), effective.sqrt().item(), changed, trained)
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return by_layer(
+            (
+                name,
+                (adapter.A - start).norm().item() ** 2 + adapter.B.norm().item() ** 2,
+                adapter.added(self.model.dtype).norm().item() ** 2,
+            )
+            for (name, adapter), start in zip(self.adapters.items(), self.start_A, strict=True)
+        )
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

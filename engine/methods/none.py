@@ -59,6 +59,9 @@ class NoAdapter:
     def change(self) -> Change:
         return Change(0.0, 0.0, 0, 0)
 
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return {}
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         yield

@@ -4,7 +4,7 @@ A method knows nothing of videos, disks or clusters. It is attached once to a ne
 between clips `restore` brings every weight back bit for bit, in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -34,6 +34,22 @@ class Change:
     trained: int
 
 
+def layer_of(name: str) -> str:
+    """The layer that a parameter's name lies in: `layers.3` of `layers.3.attn.qkv.weight`, else the first part."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "layers" else 1])
+
+
+def by_layer(squares: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """Distances a layer from (parameter's name, squared distance of the master, of what computes)."""
+    sums: dict[str, list[float]] = {}
+    for name, master, effective in squares:
+        total = sums.setdefault(layer_of(name), [0.0, 0.0])
+        total[0] += master
+        total[1] += effective
+    return {layer: (master**0.5, effective**0.5) for layer, (master, effective) in sums.items()}
+
+
 class Adapter(Protocol):
     """A method attached to a network."""
 
@@ -52,6 +68,10 @@ class Adapter(Protocol):
 
     def change(self) -> Change:
         """How far the state is from the start."""
+        ...
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        """L2 distance from the start a layer: of its masters, and of the weights that compute (as `change` has them)."""
         ...
 
     def suspended(self) -> AbstractContextManager[None]:

@@ -75,7 +75,7 @@ def test_the_baseline_comes_first_and_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, keep, method, model, "
+        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, diagnostics, keep, method, model, "
          "output_dir, placebos, prompt, sampler, samples, scores, seed, window"),
         ("window: {fsp: 1}", "window.fsp: unknown key (perhaps fps); window takes fps, known_chunks, known_frames, "
          "model_frames, posterior, scored_from, total_frames"),
@@ -361,7 +361,7 @@ def test_the_schema_is_closed_described_and_knows_the_kinds():
     assert all(one["additionalProperties"] is False for one in found)
     assert set(schema["properties"]) == {
         "base", "method", "output_dir", "placebos", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
-        "samples", "scores", "keep",
+        "diagnostics", "samples", "scores", "keep",
     }  # fmt: skip
     undescribed = [
         (name, key)
@@ -393,7 +393,7 @@ def test_an_inherited_key_keeps_the_description_of_its_own_class():
 def test_sections_are_frozen():
     recipe = load(HEAD + "method: {kind: full}")
     sections = [recipe, *(value for value in vars(recipe).values() if is_dataclass(value)), recipe.arms["full"]]
-    assert len(sections) == 9
+    assert len(sections) == 10
     for section in sections:
         with pytest.raises(AttributeError):
             setattr(section, fields(section)[0].name, 1)
