@@ -8,6 +8,7 @@ from .adaptation import AdaptationSettings
 from .arms import PLACEBOS
 from .methods import Delta, DeltaClosedForm
 from .methods import adapts as method_adapts
+from .search import check_search
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -92,6 +93,8 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
         found.append((("placebos",), f"should name each arm once, was {list(recipe.placebos)}"))
     if clash := [f"{n}-{p}" for n in recipe.placebos for p in PLACEBOS if f"{n}-{p}" in recipe.arms]:
         found.append((("placebos",), f"would make an arm named {clash[0]!r}, which arms already has; rename that arm"))
+    if why := check_search(recipe):
+        found.append((("search",), why))
     return found
 
 

@@ -44,7 +44,9 @@ def keys_of(section: KeyPath, values: dict[str, Any], recipe_type: type) -> tupl
             part = next(part for part in get_args(get_type_hints(method)[section[2]]) if is_dataclass(part))
             return section[2], sorted(field.name for field in fields(part))
         return method.kind, sorted(field.name for field in fields(method))
-    return section[0], sorted(field.name for field in fields(get_type_hints(recipe_type)[section[0]]))
+    hint = get_type_hints(recipe_type)[section[0]]
+    hint = next((part for part in get_args(hint) if is_dataclass(part)), hint)
+    return section[0], sorted(field.name for field in fields(hint))
 
 
 def _path(error: ErrorDetails) -> KeyPath:

@@ -3,7 +3,7 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from .preflight import preflight
 from .progress import RunProgress
 from .references import means
 from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
+from .search import confirmation, raise_unless_disjoint, summarise, trajectories
 from .session import Session
 from .stop import stop_flag
 from .summary import marks_of, print_summary, write_comparisons, write_summary
@@ -67,8 +68,8 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
-            for arm, waiting in todo.items():
-                failed += run_arm(session, arm, waiting, progress, stop.check)
+            for group in trajectories(recipe, arms):
+                failed += run_arms(session, group, todo, progress, stop.check)
             for sentence in write_comparisons(
                 directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
             ):
@@ -78,12 +79,17 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
             return 130
         rows = write_summary(directory, session.listed, arms)
+        searched = summarise(session) if recipe.search else None
     if not quiet:
         print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
         print(f"results missing: {failed}; the reasons are in {where}", file=sys.stderr)
+    if searched and recipe.search and recipe.search.confirm and not failed:
+        if not quiet:
+            print(f"best on these clips: {searched['best']}; confirming it on {recipe.search.confirm}")
+        return run(confirmation(recipe, searched), quiet=quiet)
     return 1 if failed else 0
 
 
@@ -127,15 +133,25 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None) ->
         raise UserError(
             f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
         )
+    raise_unless_disjoint(session)
     return session
 
 
-def run_arm(
-    session: Session, arm: str, clips: list[Clip], progress: RunProgress, check_stop: Callable[[], None]
+def run_arms(
+    session: Session,
+    group: list[str],
+    todo: dict[str, list[Clip]],
+    progress: RunProgress,
+    check_stop: Callable[[], None],
 ) -> int:
-    """One method on its clips; returns how many failed. Afterwards the network is bit for bit as before."""
-    if not clips:
+    """One method on its clips, or several that share its trajectory, from the fewest steps to the most; returns how many results
+    failed. Afterwards the network is bit for bit as before.
+    """
+    waiting = {arm: {clip.id for clip in todo[arm]} for arm in group if todo[arm]}
+    if not waiting:
         return 0
+    arm = list(waiting)[-1]  # the one with the most steps passes through the others
+    clips = [clip for clip in session.clips if any(clip.id in ids for ids in waiting.values())]
 
     def step(phase: str, done: int, total: int) -> None:
         progress.step(phase, done, total)
@@ -157,9 +173,10 @@ def run_arm(
         for clip in clips:
             check_stop()
             progress.clip(arm, clip.id)
+            now = [name for name, ids in waiting.items() if clip.id in ids]
             try:
                 carried.bring_to(clip, step)
-                result = run_clip(session, arm, clip, captions, adapter, step, observer)
+                result = run_clip(session, arm, clip, captions, adapter, step, observer, [n for n in now if n != arm])
                 carried.adapted_on(clip)
             except Interrupted:
                 raise
@@ -167,16 +184,21 @@ def run_arm(
                 carried.forget()
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
-                failed += 1
-                reason = write_failure(session, arm, clip, error)
-                progress.finished(f"{arm}  {clip.id}  FAILED: {reason}")
+                for name in now:
+                    if session.directory.result(name, clip.id) is None:
+                        failed += 1
+                        reason = write_failure(session, name, clip, error)
+                        progress.finished(f"{name}  {clip.id}  FAILED: {reason}")
                 continue
-            progress.finished(_line(arm, clip.id, result))
+            for name in now:
+                one = result if name == arm else session.directory.result(name, clip.id)
+                progress.finished(_line(name, clip.id, one or result))
     finally:
         adapter.detach()
     if state_hash(session.models.dit) != session.models.hashes["dit"]:
-        for clip in clips:
-            session.directory.remove_result(arm, clip.id)
+        for name in waiting:
+            for clip in clips:
+                session.directory.remove_result(name, clip.id)
         raise RuntimeError(f"arm {arm} did not restore the network's weights; its results of this run were removed")
     return failed
 
@@ -236,14 +258,17 @@ def run_clip(
     adapter: Adapter,
     progress: Progress,
     curves: Curves | None = None,
+    snapshots: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """One clip through one method: read, encode, adapt, sample, decode, score, write."""
-    window, device, placebo = session.recipe.window, session.models.dit.device, session.arms[arm].placebo
+    """One clip through one method: read, encode, adapt, sample, decode, score, write.
+
+    snapshots: arms of fewer steps on the same trajectory, whose results are written on the way.
+    """
+    device, placebo = session.models.dit.device, session.arms[arm].placebo
     seconds: dict[str, float] = {}
     with timed(seconds, "read", device):
         shown = read(session, clip)
-    pixels = shown.pixels
-    latents, seconds["encode"] = session.known_latents(clip, shown.content, pixels)
+    latents, seconds["encode"] = session.known_latents(clip, shown.content, shown.pixels)
     other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
     outcome = continue_clip(
         session.experiment,
@@ -254,10 +279,27 @@ def run_clip(
         keep_state="adapter" in session.recipe.keep,
         restore=not session.continual(arm),
         observer=curves,
+        snapshots={
+            session.steps(name): partial(record, session, name, clip, shown, dict(seconds), None) for name in snapshots
+        },
         progress=progress,
     )
+    return record(session, arm, clip, shown, seconds, curves, outcome)
+
+
+def record(
+    session: Session,
+    arm: str,
+    clip: Clip,
+    shown: Shown,
+    seconds: dict[str, float],
+    curves: Curves | None,
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """Score what a method made of a clip and write it; returns the result. seconds: of reading and encoding."""
+    window, pixels = session.recipe.window, shown.pixels
     seconds |= outcome.seconds
-    with timed(seconds, "score", device):
+    with timed(seconds, "score", session.models.dit.device):
         scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)

@@ -15,6 +15,7 @@ from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .methods import adapts
+from .methods.optimize import AdamW
 from .methods.protocol import Adapter
 from .metrics.lpips import LPIPS
 from .models.load import Models
@@ -58,6 +59,11 @@ class Session:
         """The clip that a placebo adapts on: the next of the whole list, so that it is the same in every shard."""
         at = [c.id for c in self.listed].index(clip.id)
         return self.listed[(at + 1) % len(self.listed)]
+
+    def steps(self, arm: str) -> int:
+        """Gradient steps of an arm; 0 where it takes none."""
+        method = self.arms[arm].method
+        return method.steps if isinstance(method, AdamW) else 0
 
     def continual(self, arm: str) -> bool:
         """Whether an arm's weights carry over from clip to clip."""
