@@ -114,7 +114,7 @@ def continue_clip(
     keep_state: bool = False,
     restore: bool = True,
     observer: Observer | None = None,
-    snapshots: Mapping[int, Callable[[Outcome], None]] | None = None,
+    snapshots: Mapping[int, Callable[[Outcome], object]] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
     """Adapt to a clip, generate its continuation, and restore the weights whatever happens.

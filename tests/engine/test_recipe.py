@@ -359,7 +359,9 @@ def test_the_schema_is_closed_described_and_knows_the_kinds():
     found = list(objects(schema))
     assert len(found) == 3 + len(schema["$defs"])  # the recipe, its arms, a search's grid, each section and method
     open_keys = [one for one in found if one["additionalProperties"] is not False]
-    assert len(open_keys) == 1 and open_keys[0] is schema["$defs"]["Search"]["properties"]["grid"]  # its keys are a method's
+    assert (
+        len(open_keys) == 1 and open_keys[0] is schema["$defs"]["Search"]["properties"]["grid"]
+    )  # its keys are a method's
     assert set(schema["properties"]) == {
         "base", "method", "output_dir", "placebos", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
         "diagnostics", "samples", "scores", "search", "keep",
