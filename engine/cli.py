@@ -82,6 +82,12 @@ def _compare(args: argparse.Namespace) -> int:
     return compare(args.runs)
 
 
+def _decide(args: argparse.Namespace) -> int:
+    from .decide import decide
+
+    return decide(args.run, args.thresholds)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -168,6 +174,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "compare", _compare, "Compare the arms of runs with their baseline, with intervals.", " runs/lora runs/delta"
     )
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output_dir of a run")
+    decide = command("decide", _decide, "Say which outcome each arm of a run has, and what to run next.", " runs/full")
+    decide.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    decide.add_argument(
+        "thresholds",
+        metavar="key=value",
+        nargs="*",
+        help="metric, smallest, win_rate or mixed_share (see engine/decide.py)",
+    )
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
     prepare = command(
