@@ -31,6 +31,7 @@ from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
+from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
 from .references import means
@@ -56,8 +57,13 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     session = prepare(recipe, batch_start, batch_end)
     directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
+    trained = dict.fromkeys(todo, 0)
     for arm in [arm for arm, waiting in todo.items() if waiting]:
-        session.attach(arm).detach()  # what the network cannot take is said before the first clip
+        adapter = session.attach(arm)  # what the network cannot take is said before the first clip
+        trained[arm] = adapter.change().trained
+        adapter.detach()
+    if not quiet and len(arms) > 1:
+        print("\n".join(plan_lines(session, todo, trained)), flush=True)
     failed = 0
     clips = sum(map(len, todo.values()))
     with full_disk_told(directory.root), stop_flag() as stop, RunProgress(clips, quiet) as progress:
