@@ -24,7 +24,7 @@ NEXT: dict[Outcome, str] = {
     "improvement": "06_lora and 07_final_layer (is less enough?), then 08_method_comparison",
     "none": "02_hyperparameter_search, then 03_diagnostic_aggressive",
     "degradation": "04_regularized_few_step, 04_regularized_l2 and 04_regularized_ewc",
-    "mixed": "the same recipe with samples=10; then learn which clips gain, from `summary.csv`",
+    "mixed": "the same recipe with samples=10; then 05_adaptive (which clips gain?)",
 }
 
 
