@@ -110,7 +110,9 @@ def fit(rows: Sequence[Mapping[str, Any]], benefit: np.ndarray, groups: np.ndarr
     classes = sorted({row["class"] for row in rows} - {""})
     x = design(rows, means.tolist(), scales.tolist(), classes)
     folds = GroupKFold(min(5, len(set(groups))))
-    left_out = {a: cross_val_predict(Ridge(alpha=a), x, benefit, groups=groups, cv=folds) for a in PENALTIES}
+    left_out = {
+        a: np.asarray(cross_val_predict(Ridge(alpha=a), x, benefit, groups=groups, cv=folds)) for a in PENALTIES
+    }
     penalty = min(PENALTIES, key=lambda a: float(((left_out[a] - benefit) ** 2).mean()))
     raw = left_out[penalty]
     spread = float(raw.var())
