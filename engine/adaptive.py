@@ -50,7 +50,7 @@ def frame_features(known_F3HW: np.ndarray) -> dict[str, float]:
 
 
 def policies(
-    benefit: Sequence[float], predicted: Sequence[float], threshold: float = 0.0
+    benefit: Sequence[float] | np.ndarray, predicted: Sequence[float] | np.ndarray, threshold: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Mean benefit, regret against the oracle and share of clips adapted, of each policy. Both inputs: [n], in the score's unit."""
     gains, foreseen = np.asarray(benefit, dtype=float), np.asarray(predicted, dtype=float)
