@@ -60,7 +60,9 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "flash-attn": ["flash-attn-4>=4.0.0b12"],
+        "adaptive": ["scikit-learn>=1.5"],
         "dev": [
+            "scikit-learn>=1.5",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -50,13 +50,13 @@ SAMPLERS = {
     for steps, text, image, sdedit in (
         (10, 1.0, 1.0, True),
         (10, 1.0, 1.0, False),
-        (12, 1.0, 1.0, True),
-        (10, 1.0, 1.5, True),
+        (12, 1.0, 1.0, False),
+        (10, 1.0, 1.5, False),
     )
 }
 GRID: dict[str, Sequence[AnyMethod]] = {
-    "full": [FullFineTuning(steps=20, lr=lr) for lr in (3e-5, 1e-4, 3e-4)],
-    "lora": [LoRA(steps=20, lr=lr, rank=8, alpha=8.0) for lr in (1e-3, 3e-3, 1e-2)],
+    "full": [FullFineTuning(steps=20, lr=lr) for lr in (1e-5, 3e-5, 1e-4)],
+    "lora": [LoRA(steps=20, lr=lr, rank=8, alpha=8.0) for lr in (1e-4, 3e-4, 1e-3)],
     "delta": [
         Delta(steps=20, site="pre", lr=1e-2),
         Delta(steps=20, site="pre", lr=3e-2),

@@ -10,9 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .flow import add_noise, logit_normal_timestep, sampling_timesteps, timestep_transform, velocity_target
+from .flow import (
+    NUM_TIMESTEPS,
+    add_noise,
+    logit_normal_timestep,
+    sampling_timesteps,
+    timestep_transform,
+    velocity_target,
+)
 from .models.attention import TextStates
 from .models.stdit3 import Caption, Condition, Embedded, STDiT3
+from .models.vae import CHUNK_LATENTS
 from .seeds import generator_for
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -33,6 +41,12 @@ class AdaptationSettings:
     """How many different (timestep, noise) draws to cycle through; fresh: a new one each step."""
     adapted_branches: Literal["all", "conditional"] = "all"
     """Which guidance branches of the sampler use the adapted weights; conditional: the prompt branch alone."""
+    temporal: float = 0.0
+    """Weight of the temporal-consistency loss: squared error of the differences between neighbouring predicted clean latent
+    frames of one chunk of the VAE, beside the velocity's."""
+    reset: int | Literal["clip", "never"] = "clip"
+    """When the weights go back to the base: after every clip (episodic), never, or after every so many clips of the list
+    (continual: a clip's result then depends on the clips before it, and is marked)."""
 
     def __post_init__(self) -> None:
         if self.context_latents < 1:
@@ -41,6 +55,10 @@ class AdaptationSettings:
             )
         if isinstance(self.draws, int) and self.draws < 1:
             raise ValueError(f"draws must be at least 1 or fresh, was {self.draws}")
+        if self.temporal < 0:
+            raise ValueError(f"temporal must not be negative, was {self.temporal}")
+        if isinstance(self.reset, int) and self.reset < 2:
+            raise ValueError(f"reset must be clip, never or a number of clips of at least 2, was {self.reset}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,12 @@ class Task:
         self.first_counted = 0 if settings.objective in ("denoise", "official") else context
         self.fps = torch.full((1,), fps, device=model.device)
         self._size = (*pixel_size, sampled_frames)
+        first = torch.arange(self.first_counted, known - 1)
+        self.pairs = first[first % CHUNK_LATENTS < CHUNK_LATENTS - 1]  # latent frames whose next one shares their chunk
+        if settings.temporal and not len(self.pairs):
+            raise ValueError(
+                "temporal needs two predicted latent frames in one chunk of the VAE; lower context_latents"
+            )
         self.grid = sampling_timesteps(sampling_steps, *self._size, size_dtype=model.dtype)
         self._drawn: dict[int, Draw] = {}
 
@@ -99,14 +123,22 @@ class Task:
         if self.settings.draws != "fresh":
             k = k % self.settings.draws
         if k not in self._drawn:
-            self._drawn = dict([*self._drawn.items()][-1:]) | {k: self._draw(k)}
+            self._drawn = dict([*self._drawn.items()][-1:]) | {k: self._draw(k, "adaptation")}
         return self._drawn[k]
 
-    def _draw(self, k: int) -> Draw:
-        generator = generator_for(self.recipe_seed, self.clip_id, "adaptation", k)
+    def held_out_draw(self, k: int) -> Draw:
+        """Draw k of those that no step trains on, of the same distribution."""
+        return self._draw(k, "held out")
+
+    def held_out_loss(self, draws: int, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
+        """The mean loss over so many held-out draws, under the weights in force."""
+        return torch.stack([self.loss(self.held_out_draw(k), text) for k in range(draws)]).mean()
+
+    def _draw(self, k: int, purpose: str) -> Draw:
+        generator = generator_for(self.recipe_seed, self.clip_id, purpose, k)
         if self.settings.timesteps == "sampler":
             # A golden-ratio sequence from a start of the clip's own: any few draws spread evenly over the grid.
-            start = torch.rand((), generator=generator_for(self.recipe_seed, self.clip_id, "adaptation timesteps"))
+            start = torch.rand((), generator=generator_for(self.recipe_seed, self.clip_id, f"{purpose} timesteps"))
             place = (start.item() + k * GOLDEN_RATIO) % 1
             t = self.grid[int(place * len(self.grid))].reshape(1)
         else:
@@ -124,18 +156,43 @@ class Task:
         return self.model.embed(x_t, draw.t, self.fps, self.geometry, self.condition)
 
     def loss(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
-        """Mean squared error of the velocity over the frames that count; text: the captions' states, if they are not trained."""
+        """What adapting lowers: the velocity's mean squared error over the frames that count, plus the temporal loss where it has a
+        weight. text: the captions' states, if they are not trained."""
         return self.loss_from(self.embed(draw), draw, 0, text or self.captions())
 
     def loss_from(self, state: Embedded, draw: Draw, start: int, text: tuple[TextStates, TextStates]) -> Tensor:
         """The loss, given the state before layer `start`."""
         state = self.model.run_layers(state, *text, self.geometry, start)
-        return self.error(self.model.head(state, self.geometry), draw)
+        output = self.model.head(state, self.geometry)
+        error = self.error(output, draw)
+        return error + self.settings.temporal * self.temporal_error(output, draw) if self.settings.temporal else error
+
+    def temporal_error(self, output: Tensor, draw: Draw) -> Tensor:
+        """Mean squared error of the differences between neighbouring predicted clean latent frames.
+
+        x0 = x_t + s v follows from the predicted velocity. Only pairs inside one chunk of the VAE and among the frames that
+        count: across a chunk's seam latent frames are not a time step apart (the chunks share a pixel frame).
+        """
+        velocity = output[:, : self.latents.shape[1]].float()
+        clean = add_noise(self.latents, draw.noise, draw.t) + draw.t / NUM_TIMESTEPS * velocity
+        apart = clean - self.latents.float()  # the error of x0; a difference of errors is the error of the difference
+        return (apart[:, :, self.pairs + 1] - apart[:, :, self.pairs]).square().mean()
+
+    def velocity(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
+        """The predicted velocity on the frames that count, float32."""
+        state = self.model.run_layers(self.embed(draw), *(text or self.captions()), self.geometry)
+        return self._counted(self.model.head(state, self.geometry))
+
+    def velocity_loss(self, draw: Draw, text: tuple[TextStates, TextStates] | None = None) -> Tensor:
+        """Mean squared error of the velocity alone, whatever adapting also lowers."""
+        return (self.velocity(draw, text) - self.target(draw)).square().mean()
 
     def error(self, output: Tensor, draw: Draw) -> Tensor:
         """Mean squared error of the network's output [1, at least C, K, h, w] over the frames that count."""
-        velocity = output[:, : self.latents.shape[1], self.first_counted :]
-        return (velocity.float() - self.target(draw)).square().mean()
+        return (self._counted(output) - self.target(draw)).square().mean()
+
+    def _counted(self, output: Tensor) -> Tensor:
+        return output[:, : self.latents.shape[1], self.first_counted :].float()
 
     def target(self, draw: Draw) -> Tensor:
         """x0 - noise on the frames that count, float32."""

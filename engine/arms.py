@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .methods import AnyMethod
+from .search import cells
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -24,7 +25,11 @@ class Arm:
 
 
 def arms_of(recipe: "Recipe") -> dict[str, Arm]:
-    """All arms in the order they run: the recipe's own, then the placebos of those it names, as `<arm>-other_clip` and so on."""
-    arms = [Arm(name, method) for name, method in recipe.arms.items()]
+    """All arms in the order they run: the recipe's own, the cells of a search in the place of the arm that it searches, then the
+    placebos of those it names, as `<arm>-other_clip` and so on."""
+    arms = [Arm(name, method) for name, method in recipe.arms.items() if not recipe.search or name != recipe.search.arm]
+    if recipe.search:
+        grid = cells(recipe.search, recipe.arms[recipe.search.arm])
+        arms += [Arm(name, method) for name, (_, method) in grid.items()]
     arms += [Arm(f"{name}-{placebo}", recipe.arms[name], placebo) for name in recipe.placebos for placebo in PLACEBOS]
     return {arm.name: arm for arm in arms}

@@ -131,6 +131,18 @@ def _submit(args: argparse.Namespace) -> int:
     return submit((args.recipe, *args.then), args.overrides, wishes, dry_run=args.dry_run)
 
 
+def _decide(args: argparse.Namespace) -> int:
+    from .decide import decide
+
+    return decide(args.run, args.thresholds)
+
+
+def _adaptive(args: argparse.Namespace) -> int:
+    from .adaptive import adaptive
+
+    return adaptive(args.run, args.arm, args.out)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     from .fetch import fetch
 
@@ -243,6 +255,23 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     _add_recipe(submit)
     add_submit_arguments(submit)
+    decide = command("decide", _decide, "Say which outcome each arm of a run has, and what to run next.", " runs/full")
+    decide.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    decide.add_argument(
+        "thresholds",
+        metavar="key=value",
+        nargs="*",
+        help="metric, smallest, win_rate or mixed_share (see engine/decide.py)",
+    )
+    adaptive = command(
+        "adaptive",
+        _adaptive,
+        "Foresee which clips gain, and what adapting only those would give.",
+        " runs/lora --arm lora",
+    )
+    adaptive.add_argument("run", type=Path, metavar="RUN", help="the output_dir of a run")
+    adaptive.add_argument("--arm", required=True, help="the arm whose benefit is foreseen")
+    adaptive.add_argument("--out", type=Path, metavar="FILE", help="write the predictor there, as JSON")
     fetch = command("fetch", _fetch, "Download published weights into the caches that runs read.", " opensora")
     fetch.add_argument("what", choices=get_args(What), help="which weights")
     prepare = command(

@@ -5,10 +5,11 @@ the scores.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .errors import UserError
 from .files import sha256_json, sha256_tensor
 from .flow import sampling_timesteps
 from .memory import peak_memory, reset_peak_memory
+from .methods.none import NoAdapter
 from .methods.optimize import Trace
 from .methods.protocol import Adapter, Change
 from .models.stdit3 import Caption, Condition, STDiT3
@@ -29,6 +31,22 @@ from .window import Window
 
 Progress = Callable[[str, int, int], None]
 """progress(phase, done, total); may raise Interrupted to stop between steps."""
+
+
+class Observer(Protocol):
+    """Watches a clip being adapted on: it may compute with the weights in force, and change nothing."""
+
+    def begin(self, task: Task, adapter: Adapter) -> None:
+        """Before the first step."""
+        ...
+
+    def step(self, steps: int) -> None:
+        """After so many steps."""
+        ...
+
+    def adapted(self) -> None:
+        """After the last step, with the weights that sampling uses."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,8 @@ class Experiment:
     sampler: SamplerSettings
     adaptation: AdaptationSettings
     seed: int
+    samples: int = 1
+    """Continuations that are sampled from one adapted network, from different noise."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +76,18 @@ class Known:
 
 @dataclass
 class Outcome:
-    """What one method made of one clip. pixels: the generated frames [3, F, H, W] float32; latents: [1, C, T, h, w]."""
+    """What one method made of one clip. pixels: the generated frames [3, F, H, W] float32; latents: [1, C, T, h, w]; more: pixels
+    of further samples."""
 
     pixels: Tensor
     latents: Tensor
+    more: list[Tensor]
     trace: Trace
     change: Change
     state: dict[str, Tensor]
     made_from: dict[str, str]
-    """SHA-256 of all that sampling started from except the weights: what every method of a clip must share."""
+    """SHA-256 of all that sampling started from except the weights: what every method of a clip must share (of the sampler, what
+    the recipe says; `more_sampling` alone takes more steps of it)."""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
 
@@ -89,39 +112,88 @@ def continue_clip(
     adapt_on: Known | None = None,
     randomize: torch.Generator | None = None,
     keep_state: bool = False,
+    restore: bool = True,
+    observer: Observer | None = None,
+    snapshots: Mapping[int, Callable[[Outcome], object]] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Outcome:
     """Adapt to a clip, generate its continuation, and restore the weights whatever happens.
 
-    For placebos: adapt_on is another clip to adapt on; randomize replaces the change by a random one of equal norm.
+    For placebos: adapt_on is another clip to adapt on; randomize replaces the change by a random one of equal norm. restore:
+    False leaves the adapted weights in force for the next clip, unless something fails. observer: watches adapting; snapshots: for
+    numbers of steps, what takes the outcome of stopping there. Neither changes a bit of what follows.
     """
-    reset_peak_memory(experiment.dit.device)
-    seconds: dict[str, float] = {}
+    device = experiment.dit.device
+    reset_peak_memory(device)
+    clock, watched = Stopwatch(device), Stopwatch(device)
+
+    def finished(trace: Trace) -> Outcome:
+        seconds = {"adapt": clock.seconds} | ({"observe": watched.seconds} if observer else {})
+        return finish(experiment, known, adapter, trace, seconds, keep_state, progress)
+
+    def on_step(step: int, loss: float) -> None:
+        progress("adapt", step + 1, adapter.steps)
+        with clock.paused():
+            if observer:
+                with watched.running():
+                    observer.step(step + 1)
+            if snapshots and step + 1 < adapter.steps and (take := snapshots.get(step + 1)):
+                take(finished(deepcopy(adapter.trace)))
+
+    kept = False
     try:
-        with timed(seconds, "adapt", experiment.dit.device):
-            trace = adapt(experiment, adapt_on or known, adapter, progress)
+        if observer:
+            with watched.running():
+                observer.begin(task_of(experiment, adapt_on or known), adapter)
+        with clock.running():
+            # Where nothing is learnt the window need not leave a known latent frame to predict.
+            trace = adapter.adapt(task_of(experiment, adapt_on or known), on_step) if adapter.steps else Trace()
             if randomize is not None:
                 adapter.randomize(randomize)
-        change = adapter.change()
-        if adapter.steps and not trace.steps:
-            raise RuntimeError(f"adapting took no step of {adapter.steps}; its result would be the baseline's")
-        if trace.steps and not change.changed:
-            raise UserError(
-                f"adapting changed no weight that computes ({trace.steps} steps moved the masters by {change.master:.1e}): "
-                "the learning rate is too small for the weights' dtype; raise lr"
-            )
-        with torch.no_grad():
-            with timed(seconds, "sample", experiment.dit.device):
-                latents, made_from = sample_continuation(experiment, known, adapter, progress)
-            with timed(seconds, "decode", experiment.dit.device):
-                pixels = experiment.vae.decode(latents, experiment.window.generated)[0].float()
-        state = adapter.state() if keep_state else {}
+        if observer:
+            with watched.running():
+                observer.adapted()
+        outcome = finished(trace)
+        kept = not restore
     finally:
-        adapter.restore()
-    if (left := adapter.change()).changed:
+        if not kept:
+            adapter.restore()
+    if not kept and (left := adapter.change()).changed:
         raise RuntimeError(f"restoring left {left.changed} numbers changed; no later result could be trusted")
-    memory = peak_memory(experiment.dit.device)
-    return Outcome(pixels, latents, trace, change, state, made_from, seconds, memory)
+    return outcome
+
+
+def finish(
+    experiment: Experiment,
+    known: Known,
+    adapter: Adapter,
+    trace: Trace,
+    seconds: dict[str, float],
+    keep_state: bool,
+    progress: Progress,
+) -> Outcome:
+    """What follows adapting, under the weights in force: see that they changed, sample, decode."""
+    change = adapter.change()
+    if adapter.steps and not trace.steps:
+        raise RuntimeError(f"adapting took no step of {adapter.steps}; its result would be the baseline's")
+    if trace.steps and not change.changed and trace.kept_step != 0:
+        raise UserError(
+            f"adapting changed no weight that computes ({trace.steps} steps moved the masters by {change.master:.1e}): "
+            "the learning rate is too small for the weights' dtype; raise lr"
+        )
+    device, more = experiment.dit.device, []
+    with torch.no_grad():
+        with timed(seconds, "sample", device):
+            latents, made_from = sample_continuation(experiment, known, adapter, progress)
+        with timed(seconds, "decode", device):
+            pixels = experiment.vae.decode(latents, experiment.window.generated)[0].float()
+        if experiment.samples > 1:
+            with timed(seconds, "more samples", device):
+                for index in range(1, experiment.samples):
+                    other, _ = sample_continuation(experiment, known, adapter, progress, index)
+                    more.append(experiment.vae.decode(other, experiment.window.generated)[0].float())
+    state = adapter.state() if keep_state else {}
+    return Outcome(pixels, latents, more, trace, change, state, made_from, seconds, peak_memory(device))
 
 
 def task_of(experiment: Experiment, known: Known) -> Task:
@@ -140,20 +212,16 @@ def task_of(experiment: Experiment, known: Known) -> Task:
     )
 
 
-def adapt(experiment: Experiment, known: Known, adapter: Adapter, progress: Progress) -> Trace:
-    """Adapt to the known latents."""
-    if not adapter.steps:
-        return Trace()  # nothing is learnt, so the window need not leave a known latent frame to predict
-    return adapter.adapt(task_of(experiment, known), lambda step, loss: progress("adapt", step + 1, adapter.steps))
-
-
 def sample_continuation(
-    experiment: Experiment, known: Known, adapter: Adapter, progress: Progress
+    experiment: Experiment, known: Known, adapter: Adapter, progress: Progress, index: int = 0
 ) -> tuple[Tensor, dict[str, str]]:
     """Latents of the whole clip, [1, C, T, h, w] float32, from named noise under the weights in force; and SHA-256 of what
-    they were made from.
+    they were made from. index: which sample; each has noise of its own.
     """
     window, settings, dit = experiment.window, experiment.sampler, experiment.dit
+    if isinstance(adapter, NoAdapter) and adapter.sampling_steps:
+        settings = replace(settings, steps=adapter.sampling_steps)
+    sample_name = f", sample {index}" if index else ""
     _, C, K, h, w = known.latents.shape
     shape = (1, C, window.latent_frames, h, w)
     given = torch.zeros(shape, dtype=known.latents.dtype, device=dit.device)
@@ -170,7 +238,7 @@ def sample_continuation(
     )
 
     def noise(purpose: str, index: int, frames: int) -> Tensor:
-        drawn = normal((1, C, frames, h, w), experiment.seed, known.clip_id, purpose, index)
+        drawn = normal((1, C, frames, h, w), experiment.seed, known.clip_id, purpose + sample_name, index)
         return drawn.to(dit.device, dit.dtype)  # rounded to the model's dtype, as the official scripts draw it
 
     def known_noise(step: int) -> Tensor:
@@ -179,12 +247,15 @@ def sample_continuation(
         return fresh
 
     start = noise("sampling", 0, window.latent_frames)
-    timesteps = sampling_timesteps(settings.steps, *experiment.pixel_size, window.model_frames, size_dtype=dit.dtype)
+    size = (*experiment.pixel_size, window.model_frames)
+    timesteps, shared = (
+        sampling_timesteps(s.steps, *size, size_dtype=dit.dtype) for s in (settings, experiment.sampler)
+    )
     made_from = {
         "known latents": sha256_tensor(known.latents),
         "caption": sha256_tensor(known.prompt.embedding),
         "noise": sha256_tensor(start),
-        "sampler": sha256_json([timesteps.tolist(), asdict(settings)]),
+        "sampler": sha256_json([shared.tolist(), asdict(experiment.sampler)]),
     }
     latents = sample(
         ContinuationGuidance(branches, settings, window.latent_frames),
@@ -198,18 +269,40 @@ def sample_continuation(
     return latents, made_from
 
 
+class Stopwatch:
+    """Wall time of a phase that others may interrupt, the device's queue drained at each end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._since = self._now()
+        yield
+        self.seconds += self._now() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the time of something else passes."""
+        self.seconds += self._now() - self._since
+        yield
+        self._since = self._now()
+
+
 @contextmanager
 def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
     """Wall time of a phase, the device's queue drained at both ends."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
-    yield
-    seconds[name] = now() - start
+    watch = Stopwatch(device)
+    with watch.running():
+        yield
+    seconds[name] = watch.seconds
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:

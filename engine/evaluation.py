@@ -23,14 +23,19 @@ class Level(NamedTuple):
     zero_loss: float
 
 
+def fixed_draw(task: Task, index: int) -> Draw:
+    """The draw at one of TIMESTEPS; its noise depends on (recipe seed, clip, timestep) alone."""
+    noise = normal(tuple(task.latents.shape), task.recipe_seed, task.clip_id, "evaluation", index)
+    return Draw(torch.tensor([TIMESTEPS[index]], device=task.latents.device), noise.to(task.latents.device))
+
+
 @torch.no_grad()
 def evaluate(task: Task) -> Iterator[Level]:
     """The loss at each timestep under the weights in force; the noise depends on (recipe seed, clip, timestep) alone."""
     text = task.captions()
     for index, t in enumerate(TIMESTEPS):
-        noise = normal(tuple(task.latents.shape), task.recipe_seed, task.clip_id, "evaluation", index)
-        draw = Draw(torch.tensor([t], device=task.latents.device), noise.to(task.latents.device))
-        yield Level(t, task.loss(draw, text).item(), task.zero_loss(draw).item())
+        draw = fixed_draw(task, index)
+        yield Level(t, task.velocity_loss(draw, text).item(), task.zero_loss(draw).item())
 
 
 def check_predicts(levels: list[Level], clip_id: str) -> None:

@@ -17,6 +17,7 @@ from .data.clips import Clip
 from .errors import UserError
 from .evaluation import check_predicts, evaluate
 from .files import write_json
+from .methods import adapts
 from .models.stdit3 import Caption
 from .probes import check_latents, check_task
 
@@ -43,7 +44,7 @@ def preflight(session: "Session", read: Callable[[Clip], "Shown"]) -> tuple[str,
     window = session.recipe.window
     latents, _ = session.known_latents(clip, shown.content, shown.pixels)
     check_latents(partial(session.encode, clip), latents, shown.pixels, window)
-    if all(arm.method.kind == "none" for arm in session.arms.values()) or window.known_latents < 2:
+    if not any(adapts(arm.method) for arm in session.arms.values()) or window.known_latents < 2:
         return ()
     null: Tensor = session.models.dit.y_embedder.y_embedding  # type: ignore[assignment]
 

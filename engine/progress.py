@@ -3,7 +3,7 @@
 import sys
 from types import TracebackType
 
-PHASES = {"captions": "encoding captions", "adapt": "adapting", "sample": "sampling"}
+PHASES = {"captions": "encoding captions", "fisher": "Fisher information", "adapt": "adapting", "sample": "sampling"}
 
 
 class RunProgress:

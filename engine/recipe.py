@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from . import strict_yaml
 from .adaptation import AdaptationSettings
 from .data.clips import Data
+from .diagnostics import DiagnosticSettings
 from .errors import UserError
 from .methods import METHODS, AnyMethod
 from .models.load import ModelSettings
@@ -23,6 +24,7 @@ from .recipe_checks import BASELINE, contradictions, unread, warnings
 from .recipe_errors import explain
 from .recipe_files import KeyPath, Layers, find_recipe, list_recipes, read_layers
 from .sampler import SamplerSettings
+from .search import Search
 from .window import Window
 
 __all__ = [
@@ -90,8 +92,14 @@ class Recipe:
     """Methods to compare, by the name of their folder; one of kind none, called baseline, comes first."""
     placebos: tuple[ArmName, ...] = ()
     """Arms that also run as placebos: adapted on another clip, and changed at random by an equal norm."""
+    search: Search | None = None
+    """A grid over the settings of one arm."""
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Continuations a clip and arm, from one adapted network and different noise; all are scored, the first is kept and shown."""
     scores: ScoreSettings = field(default_factory=ScoreSettings)
     """How continuations are scored."""
+    diagnostics: DiagnosticSettings = field(default_factory=DiagnosticSettings)
+    """What is measured while adapting, beside the results."""
     keep: tuple[Literal["video", "latents", "adapter"], ...] = ("video",)
     """What is written beside each clip's scores."""
 

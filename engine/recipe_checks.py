@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .adaptation import AdaptationSettings
 from .arms import PLACEBOS
 from .methods import Delta, DeltaClosedForm
+from .methods import adapts as method_adapts
+from .search import check_search
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -26,7 +28,7 @@ class Unread:
 
 def adapts(recipe: "Recipe") -> bool:
     """Whether any arm changes the network."""
-    return any(method.kind != "none" for method in recipe.arms.values())
+    return any(map(method_adapts, recipe.arms.values()))
 
 
 UNREAD = [
@@ -80,13 +82,19 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
             why = f"should be at most sampler.steps ({recipe.sampler.steps}), was {method.ranges}"
             found.append((("arms", name, "ranges"), why))
     for name in recipe.placebos:
-        if name not in recipe.arms or recipe.arms[name].kind == "none":
-            adapting = [arm for arm, method in recipe.arms.items() if method.kind != "none"]
+        if name not in recipe.arms or not method_adapts(recipe.arms[name]):
+            adapting = [arm for arm, method in recipe.arms.items() if method_adapts(method)]
             found.append((("placebos",), f"names {name!r}, which is no arm that adapts; those are {adapting}"))
+    if recipe.placebos and adaptation.reset != "clip":
+        found.append(
+            (("placebos",), f"need adaptation.reset to be clip, was {adaptation.reset}; leave one of the two out")
+        )
     if len(set(recipe.placebos)) < len(recipe.placebos):
         found.append((("placebos",), f"should name each arm once, was {list(recipe.placebos)}"))
     if clash := [f"{n}-{p}" for n in recipe.placebos for p in PLACEBOS if f"{n}-{p}" in recipe.arms]:
         found.append((("placebos",), f"would make an arm named {clash[0]!r}, which arms already has; rename that arm"))
+    if why := check_search(recipe):
+        found.append((("search",), why))
     return found
 
 

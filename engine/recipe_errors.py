@@ -1,11 +1,12 @@
 """One sentence for what pydantic finds wrong with a recipe: the key, what it should be, what it was."""
 
-from dataclasses import fields
-from typing import Any, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from pydantic_core import ErrorDetails
 
 from .methods import METHODS
+from .methods.parts import Parts
 from .recipe_files import KeyPath, perhaps
 
 EXPECTED = {
@@ -19,6 +20,8 @@ EXPECTED = {
     "dict_type": "a mapping",
     "dataclass_type": "a mapping",
 }
+# Keys of a method that hold a mapping of their own.
+NESTED = {name for name, hint in get_type_hints(Parts).items() if any(map(is_dataclass, get_args(hint)))}
 
 
 def explain(errors: list[ErrorDetails], values: dict[str, Any], recipe_type: type) -> list[tuple[KeyPath, str]]:
@@ -36,9 +39,14 @@ def keys_of(section: KeyPath, values: dict[str, Any], recipe_type: type) -> tupl
         keys = [field.name for field in fields(recipe_type)]
         return "a recipe", sorted([*keys, "base", "method"])
     if section[0] == "arms":
-        kind = values["arms"][section[1]]["kind"]
-        return kind, sorted(field.name for field in fields(METHODS[kind]))
-    return section[0], sorted(field.name for field in fields(get_type_hints(recipe_type)[section[0]]))
+        method = METHODS[values["arms"][section[1]]["kind"]]
+        if len(section) > 2:
+            part = next(part for part in get_args(get_type_hints(method)[section[2]]) if is_dataclass(part))
+            return section[2], sorted(field.name for field in fields(part))
+        return method.kind, sorted(field.name for field in fields(method))
+    hint = get_type_hints(recipe_type)[section[0]]
+    hint = next((part for part in get_args(hint) if is_dataclass(part)), hint)
+    return section[0], sorted(field.name for field in fields(hint))
 
 
 def _path(error: ErrorDetails) -> KeyPath:
@@ -47,7 +55,7 @@ def _path(error: ErrorDetails) -> KeyPath:
     depth = 2
     if parts[:1] == ["arms"]:
         del parts[2:3]  # the method's kind, or [key] for a bad name
-        depth = 3
+        depth = 4 if len(parts) > 2 and parts[2] in NESTED else 3
     if error["type"] == "missing" and isinstance(parts[-1], int):
         parts.pop()  # a list that is too short is at fault, not the entry it lacks
     return tuple(str(part) for i, part in enumerate(parts) if i < depth or isinstance(part, int))

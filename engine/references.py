@@ -64,3 +64,8 @@ def score_continuation(
         chunk_seams=[seam - known + 1 for seam in window.chunk_seams],
         flow=flow,
     )
+
+
+def means(scores: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """The mean of each score, without its frames."""
+    return {name: score.get("mean") for name, score in scores.items()}

@@ -3,7 +3,7 @@
 import errno
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,23 +18,29 @@ from .cluster.attempts import persist
 from .cluster.machine import GONE
 from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
+from .continual import Carried
 from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model, to_uint8, write_video
+from .diagnostics import Curves, HeldOut
 from .environment import describe_environment
 from .errors import Interrupted, MachineFailed, UserError
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
-from .methods.protocol import Adapter
+from .fisher import prepare_fisher, validation_clips
+from .methods import adapts
+from .methods.protocol import Adapter, GradientAdapter
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
 from .models.load import load_models
 from .models.stdit3 import Caption
+from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
-from .references import score_continuation
+from .references import means
 from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
+from .search import confirmation, raise_unless_disjoint, summarise, trajectories
 from .session import Session
 from .stop import StopFlag, stop_flag
 from .summary import Row, marks_of, print_summary, write_comparisons, write_summary
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CONTINUAL = "continual adaptation: a result depends on the clips before it in the list (adaptation.reset)"
 
 
 def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | None = None, quiet: bool = False) -> int:
@@ -57,8 +64,13 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     session = prepare(recipe, batch_start, batch_end, place)
     directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
+    trained = dict.fromkeys(todo, 0)
     for arm in [arm for arm, waiting in todo.items() if waiting]:
-        session.attach(arm).detach()  # what the network cannot take is said before the first clip
+        adapter = session.attach(arm)  # what the network cannot take is said before the first clip
+        trained[arm] = adapter.change().trained
+        adapter.detach()
+    if not quiet and len(arms) > 1:
+        print("\n".join(plan_lines(session, todo, trained)), flush=True)
     failed = 0
     clips = sum(map(len, todo.values()))
     with (
@@ -74,8 +86,8 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         for warning in session.warnings:
             progress.say(f"warning: {warning}")
         try:
-            for arm, waiting in todo.items():
-                failed += run_arm(session, arm, waiting, progress, presence, stop)
+            for group in trajectories(recipe, arms):
+                failed += run_arms(session, group, todo, progress, presence, stop)
             for sentence in write_comparisons(
                 directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
             ):
@@ -85,6 +97,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
             return reason.exit_status
         rows = write_last_summary(session)
+        searched = summarise(session) if recipe.search else None
     if not quiet:
         print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
@@ -93,6 +106,10 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         print(f"results missing: {failed}; the reasons are in {where}", file=sys.stderr)
         if under_torchrun():
             return 0  # or it would end the other tasks; `vidtta status` tells of the failed clips
+    if searched and recipe.search and recipe.search.confirm and not failed:
+        if not quiet:
+            print(f"best on these clips: {searched['best']}; confirming it on {recipe.search.confirm}")
+        return run(confirmation(recipe, searched), quiet=quiet)
     return 1 if failed else 0
 
 
@@ -147,15 +164,26 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, pl
         raise UserError(
             f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
         )
+    raise_unless_disjoint(session)
     return session
 
 
-def run_arm(
-    session: Session, arm: str, clips: list[Clip], progress: RunProgress, presence: Presence, stop: StopFlag
+def run_arms(
+    session: Session,
+    group: list[str],
+    todo: dict[str, list[Clip]],
+    progress: RunProgress,
+    presence: Presence,
+    stop: StopFlag,
 ) -> int:
-    """One method on its clips; returns how many failed. Afterwards the network is bit for bit as before."""
-    if not clips:
+    """One method on its clips, or several that share its trajectory, from the fewest steps to the most; returns how many results
+    failed. Afterwards the network is bit for bit as before.
+    """
+    waiting = {arm: {clip.id for clip in todo[arm]} for arm in group if todo[arm]}
+    if not waiting:
         return 0
+    arm = list(waiting)[-1]  # the one with the most steps passes through the others
+    clips = [clip for clip in session.clips if any(clip.id in ids for ids in waiting.values())]
 
     def step(phase: str, done: int, total: int) -> None:
         progress.step(phase, done, total)
@@ -163,18 +191,35 @@ def run_arm(
 
     placebo = session.arms[arm].placebo
     others = [session.other(clip) for clip in clips] if placebo == "other_clip" else []
-    captions = session.captions([*clips, *others], step)
+    earlier = [one for clip in clips for one in session.adapted_before(arm, clip)]
+    captions = session.captions(list({clip.id: clip for clip in [*clips, *others, *earlier]}.values()), step)
     adapter = session.attach(arm)
+    carried = Carried(session, arm, adapter, partial(known_of, session, captions))
     failed = 0
     try:
+        if isinstance(adapter, GradientAdapter) and (
+            found := prepare_fisher(session, arm, adapter.masters, partial(known_latents, session), step)
+        ):
+            adapter.fisher = found[0]
+        observer = curves_of(session, arm, step)
         for clip in clips:
             stop.check()
-            if session.finished(arm, clip):
+            now = [name for name, ids in waiting.items() if clip.id in ids and not session.finished(name, clip)]
+            if not now:
                 progress.finished(f"{arm}  {clip.id}  made by another task")
                 continue
             progress.clip(arm, clip.id)
             presence.clip(arm, clip.id)
-            make = partial(run_clip, session, arm, clip, captions, adapter, step)
+
+            def make(retries: tuple[str, ...], clip: Clip = clip, now: list[str] = now) -> dict[str, Any]:
+                if retries:
+                    carried.forget()
+                carried.bring_to(clip, step)
+                snapshots = [name for name in now if name != arm]
+                result = run_clip(session, arm, clip, captions, adapter, step, observer, snapshots, retries)
+                carried.adapted_on(clip)
+                return result
+
             try:
                 result = persist(make, session.models.dit, session.directory.root, stop.check, progress.say)
             except Interrupted:
@@ -184,13 +229,18 @@ def run_arm(
                     write_failure(session, arm, clip, error)  # so that whoever goes on tries this clip last
                 raise
             except Exception as error:
+                carried.forget()
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise
-                failed += 1
-                reason = write_failure(session, arm, clip, error)
-                progress.finished(f"{arm}  {clip.id}  FAILED: {reason}")
+                for name in now:
+                    if session.directory.result(name, clip.id) is None:
+                        failed += 1
+                        reason = write_failure(session, name, clip, error)
+                        progress.finished(f"{name}  {clip.id}  FAILED: {reason}")
                 continue
-            progress.finished(_line(arm, clip.id, result))
+            for name in now:
+                one = result if name == arm else session.directory.result(name, clip.id)
+                progress.finished(_line(name, clip.id, one or result))
     except MachineFailed:
         raise  # the process ends; a failed GPU would not restore anything
     except BaseException:
@@ -198,8 +248,9 @@ def run_arm(
         raise
     adapter.detach()
     if state_hash(session.models.dit) != session.models.hashes["dit"]:
-        for clip in clips:
-            session.directory.remove_result(arm, clip.id)
+        for name in waiting:
+            for clip in clips:
+                session.directory.remove_result(name, clip.id)
         raise RuntimeError(f"arm {arm} did not restore the network's weights; its results of this run were removed")
     return failed
 
@@ -225,6 +276,26 @@ def read(session: Session, clip: Clip) -> Shown:
     return Shown(content, frames, to_model(frames).to(session.models.dit.device))
 
 
+def curves_of(session: Session, arm: str, progress: Progress) -> Curves | None:
+    """The diagnostics of an arm, where the recipe wants them and the arm adapts."""
+    settings, recipe = session.recipe.diagnostics, session.recipe
+    if not settings.wanted or not adapts(session.arms[arm].method):
+        return None
+    held_out = []
+    if settings.held_out:
+        clips = validation_clips(
+            recipe.data, settings.held_out, settings.held_out_limit, session.listed, "diagnostics.held_out"
+        )
+        captions = session.captions(clips, progress)
+        held_out = [HeldOut(known_of(session, captions, clip), read(session, clip).pixels) for clip in clips]
+    return Curves(settings, session.experiment, session.score, held_out)
+
+
+def known_of(session: Session, captions: dict[str, Caption], clip: Clip) -> Known:
+    """All that a method may know of a clip."""
+    return Known(clip.id, known_latents(session, clip), captions[clip.id].to(session.models.dit.device))
+
+
 def known_latents(session: Session, clip: Clip) -> Tensor:
     """Latents of a clip's known frames, [1, C, K, h, w]."""
     shown = read(session, clip)
@@ -238,20 +309,20 @@ def run_clip(
     captions: dict[str, Caption],
     adapter: Adapter,
     progress: Progress,
+    curves: Curves | None = None,
+    snapshots: Sequence[str] = (),
     retries: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """One clip through one method: read, encode, adapt, sample, decode, score, write. retries: why it is tried again."""
-    window, device, placebo = session.recipe.window, session.models.dit.device, session.arms[arm].placebo
+    """One clip through one method: read, encode, adapt, sample, decode, score, write.
+
+    snapshots: arms of fewer steps on the same trajectory, whose results are written on the way; retries: why it is tried again.
+    """
+    device, placebo = session.models.dit.device, session.arms[arm].placebo
     seconds: dict[str, float] = {}
     with timed(seconds, "read", device):
         shown = read(session, clip)
-    pixels = shown.pixels
-    latents, seconds["encode"] = session.known_latents(clip, shown.content, pixels)
-    other, adapted_on = None, {clip.id: shown.content}
-    if placebo == "other_clip":
-        other_clip = session.other(clip)
-        other = Known(other_clip.id, known_latents(session, other_clip), captions[other_clip.id].to(device))
-        adapted_on = {other_clip.id: clip_hash(other_clip)}
+    latents, seconds["encode"] = session.known_latents(clip, shown.content, shown.pixels)
+    other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
     outcome = continue_clip(
         session.experiment,
         Known(clip.id, latents, captions[clip.id].to(device)),
@@ -259,18 +330,33 @@ def run_clip(
         adapt_on=other,
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
         keep_state="adapter" in session.recipe.keep,
+        restore=not session.continual(arm),
+        observer=curves,
+        snapshots={
+            session.steps(name): partial(record, session, name, clip, shown, dict(seconds), None, retries)
+            for name in snapshots
+        },
         progress=progress,
     )
+    return record(session, arm, clip, shown, seconds, curves, retries, outcome)
+
+
+def record(
+    session: Session,
+    arm: str,
+    clip: Clip,
+    shown: Shown,
+    seconds: dict[str, float],
+    curves: Curves | None,
+    retries: tuple[str, ...],
+    outcome: Outcome,
+) -> dict[str, Any]:
+    """Score what a method made of a clip and write it; returns the result. seconds: of reading and encoding;
+    retries: why it was tried again."""
+    window, pixels = session.recipe.window, shown.pixels
     seconds |= outcome.seconds
-    with timed(seconds, "score", device):
-        scores = score_continuation(
-            outcome.pixels,
-            pixels,
-            window,
-            lpips=session.lpips,
-            lpips_reason=session.lpips_reason,
-            flow=session.recipe.scores.flow,
-        )
+    with timed(seconds, "score", session.models.dit.device):
+        scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
     session.write_references(clip, shown.content, pixels)
     settings = session.settings(arm)
     made_from = {
@@ -282,7 +368,7 @@ def run_clip(
         "arm": arm,
         **clip_settings(clip),
         "meta": clip.meta,
-        "marks": [*session.marks],
+        "marks": [*session.marks, *([CONTINUAL] if session.continual(arm) else [])],
         "warnings": [*session.warnings],
         "retries": [*retries],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
@@ -290,16 +376,19 @@ def run_clip(
         "seeds": session.describe_seeds(clip.id),
         "window": session.describe_window(),
         "paths": session.describe_paths(),
-        "adapted_on": adapted_on,
+        "adapted_on": {one.id: clip_hash(one) for one in session.adapts_on(arm, clip)},
         "made_from": made_from,
         "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
         "scores": scores,
+        **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)
     write_kept(session, arm, clip, shown.frames, outcome)
+    if curves:
+        write_json(session.directory.clip(arm, clip.id) / "curves.json", curves.found)
     session.directory.write_result(arm, clip.id, result)
     return result
 

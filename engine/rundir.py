@@ -3,6 +3,7 @@
     recipe.yaml environment.json choices.json
     shared/captions/ latents/ references/ truth/             what the arms share, named by content
     arms/<arm>/clips/<clip>/result.json                      written last and atomically: its presence means done
+                            curves.json                      what diagnostics measured while adapting
                             failure.json                     why there is no result; a later run tries again
                             damaged-<hash>.json              a result that could not be read, kept aside and made again
                             video.mp4 latents.safetensors adapter.safetensors   as the recipe's `keep` says

@@ -16,12 +16,14 @@ from .data.video import to_uint8, write_video
 from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
+from .methods import adapts
+from .methods.optimize import AdamW
 from .methods.protocol import Adapter
 from .metrics.complexity import compute_complexity
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
-from .references import reference_scores
+from .references import reference_scores, score_continuation
 from .rundir import RunDirectory, check_same_settings, read_json
 from .seeds import generator_for, seed_for
 from .text.cache import encode_distinct, text_key
@@ -61,6 +63,27 @@ class Session:
         at = [c.id for c in self.listed].index(clip.id)
         return self.listed[(at + 1) % len(self.listed)]
 
+    def steps(self, arm: str) -> int:
+        """Gradient steps of an arm; 0 where it takes none."""
+        method = self.arms[arm].method
+        return method.steps if isinstance(method, AdamW) else 0
+
+    def continual(self, arm: str) -> bool:
+        """Whether an arm's weights carry over from clip to clip."""
+        return self.recipe.adaptation.reset != "clip" and adapts(self.arms[arm].method)
+
+    def adapted_before(self, arm: str, clip: Clip) -> list[Clip]:
+        """The clips of the whole list whose adaptation this one starts from, in order; none where adaptation is episodic."""
+        if not self.continual(arm):
+            return []
+        at, every = [c.id for c in self.listed].index(clip.id), self.recipe.adaptation.reset
+        return self.listed[at - at % every if isinstance(every, int) else 0 : at]
+
+    def adapts_on(self, arm: str, clip: Clip) -> list[Clip]:
+        """Every clip that shapes the weights which continue this one, in order."""
+        last = self.other(clip) if self.arms[arm].placebo == "other_clip" else clip
+        return [*self.adapted_before(arm, clip), last]
+
     def placebo_generator(self, clip_id: str) -> torch.Generator:
         """For the random placebo of a clip, on the network's device; the same for every method."""
         seed = seed_for(self.recipe.seed, clip_id, "placebo")
@@ -70,7 +93,14 @@ class Session:
     def experiment(self) -> Experiment:
         r = self.recipe
         return Experiment(
-            self.models.dit, self.models.vae, r.window, (r.data.height, r.data.width), r.sampler, r.adaptation, r.seed
+            self.models.dit,
+            self.models.vae,
+            r.window,
+            (r.data.height, r.data.width),
+            r.sampler,
+            r.adaptation,
+            r.seed,
+            r.samples,
         )
 
     @cached_property
@@ -102,7 +132,7 @@ class Session:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
         method = self.arms[arm].method
         value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
-        if method.kind != "none":
+        if adapts(method):
             value["adaptation"] = asdict(self.recipe.adaptation)
         if placebo := self.arms[arm].placebo:
             value["placebo"] = placebo
@@ -138,13 +168,13 @@ class Session:
         """What a result of this clip must say of the videos it was made from; None where the clip cannot be read."""
         if not (self.directory.clip(arm, clip.id) / "result.json").exists():
             return None
-        used = [clip, self.other(clip)] if self.arms[arm].placebo == "other_clip" else [clip]
+        used = self.adapts_on(arm, clip)
         try:
-            for one in used:
+            for one in (clip, *used):
                 contents[one.id] = contents.get(one.id) or clip_hash(one)
         except UserError:
             return None
-        return {"clip": contents[clip.id], "adapted_on": {one.id: contents[one.id] for one in used[-1:]}}
+        return {"clip": contents[clip.id], "adapted_on": {one.id: contents[one.id] for one in used}}
 
     def _complete(self, arm: str, clip: Clip, result: dict[str, Any]) -> bool:
         """Whether a result holds all that the recipe now asks for: LPIPS where it can be had, flow, and the files of `keep`."""
@@ -152,9 +182,13 @@ class Session:
             return False
         if (flow := self.recipe.scores.flow) != "none" and f"flow_error_{flow}" not in result["scores"]:
             return False
-        folder, adapts = self.directory.clip(arm, clip.id), self.arms[arm].method.kind != "none"
+        if len(result.get("samples", [None])) < self.recipe.samples:
+            return False
+        folder, adapted = self.directory.clip(arm, clip.id), adapts(self.arms[arm].method)
+        if adapted and self.recipe.diagnostics.wanted and not (folder / "curves.json").exists():
+            return False
         files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
-        return all((folder / files[name]).exists() for name in self.recipe.keep if name != "adapter" or adapts)
+        return all((folder / files[name]).exists() for name in self.recipe.keep if name != "adapter" or adapted)
 
     def attach(self, arm: str) -> Adapter:
         """An arm's method on the network; raises UserError where the network cannot take its settings."""
@@ -219,6 +253,17 @@ class Session:
                 self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason, flow
             )
             write_json(path, {"clip": clip.id, "key": key, "kind": compute_complexity(pixels_3FHW), "scores": scores})
+
+    def score(self, generated_3FHW: Tensor, pixels_3FHW: Tensor) -> dict[str, dict[str, Any]]:
+        """Every score of a continuation that the recipe asks for; see `score_continuation`."""
+        return score_continuation(
+            generated_3FHW,
+            pixels_3FHW,
+            self.recipe.window,
+            lpips=self.lpips,
+            lpips_reason=self.lpips_reason,
+            flow=self.recipe.scores.flow,
+        )
 
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""

@@ -5,7 +5,7 @@ import os
 # Some virtual machines announce AMX but do not let programs use it; bfloat16 matrix products then fail in oneDNN.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-import torch  # noqa: E402 (after what it reads)
+import torch
 
 # Without a GPU, Triton kernels run through its interpreter alone, which is chosen when a kernel is decorated.
 if not torch.cuda.is_available():

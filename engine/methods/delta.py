@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adaptation import AdaptationSettings, Task
+from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .parts import Fisher
 from .protocol import Change, OnStep
 
 Site = Literal["post", "mid", "pre"]
@@ -43,6 +44,10 @@ def _check_draws(adaptation: AdaptationSettings) -> None:
         raise ValueError(
             "a delta needs adaptation.draws to be a number, was fresh: its features are cached for fixed draws"
         )
+    if adaptation.temporal:
+        raise ValueError(
+            f"a delta cannot take adaptation.temporal (was {adaptation.temporal}): its loss is fitted patch by patch on cached features"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ class Delta(AdamW):
     site: Site = "pre"
     """Where the vector joins: post (after the modulation), mid (between norm and modulation), pre (before the norm)."""
     lr: float = 1e-2
-    """Learning rate, constant over the steps."""
+    """Learning rate; `schedule` and `warmup` say how it goes over the steps."""
     ranges: int = 1
     """One vector for each of so many ranges of timesteps, equal in number of sampler steps."""
     ridge: float = 0.0
@@ -89,6 +94,10 @@ class DeltaClosedForm:
 
     def check(self, adaptation: AdaptationSettings) -> None:
         _check_draws(adaptation)
+        if adaptation.reset != "clip":
+            raise ValueError(
+                f"a closed form is solved from the clip alone, so adaptation.reset must be clip, was {adaptation.reset}"
+            )
 
     def attach(self, model: STDiT3, recipe_seed: int) -> "DeltaAdapter":
         return DeltaAdapter(self, model)
@@ -169,6 +178,8 @@ class DeltaAdapter:
         self.layer = DeltaFinalLayer(self.base, settings.site, settings.ranges)
         model.final_layer = self.layer  # type: ignore[assignment]
         self.masters = Masters([self.layer.d])
+        self.fisher: Fisher | None = None
+        self.trace = Trace()
         # Of each pixel's 2C outputs only the first C are the velocity.
         outputs = torch.arange(self.base.linear.out_features, device=model.device)
         self.used = (outputs % (2 * model.config.in_channels) < model.config.in_channels).nonzero().flatten()
@@ -178,10 +189,17 @@ class DeltaAdapter:
         """Run the layers once for each draw."""
         text = task.captions()
         assert task.settings.draws != "fresh"
-        return [self._cache_one(task, k, text) for k in range(task.settings.draws)]
+        return [self._cache_one(task, task.draw(k), text) for k in range(task.settings.draws)]
 
-    def _cache_one(self, task: Task, k: int, text: tuple[TextStates, TextStates]) -> CachedDraw:
-        draw = task.draw(k)
+    @torch.no_grad()
+    def cache_held_out(self, task: Task, draws: int) -> list[CachedDraw]:
+        """The same for held-out draws, for early stopping."""
+        if not draws:
+            return []
+        text = task.captions()
+        return [self._cache_one(task, task.held_out_draw(k), text) for k in range(draws)]
+
+    def _cache_one(self, task: Task, draw: Draw, text: tuple[TextStates, TextStates]) -> CachedDraw:
         state = self.model.run_layers(task.embed(draw), *text, task.geometry)
         counted = state.tokens[:, task.first_counted * task.geometry.tokens_per_frame :].clone()
         state = state._replace(tokens=counted)
@@ -212,13 +230,19 @@ class DeltaAdapter:
             return self._fit(self.settings, cached, zero_loss.item(), on_step)
         if isinstance(self.settings, Delta):
             ridge, rows = self.settings.ridge, self.layer.d
+            held_out = self.cache_held_out(task, self.settings.held_out_draws)
+            self.trace = Trace()
             return optimize(
                 self.masters,
                 self.settings,
                 lambda step: self.loss(cached),
                 zero_loss=lambda step: zero_loss,
                 penalty=(lambda: ridge * rows.square().sum()) if ridge else None,
+                start=[torch.zeros_like(rows)],
+                fisher=self.fisher,
+                held_out=lambda: self.loss(held_out),
                 on_step=on_step,
+                trace=self.trace,
             )
         with torch.no_grad():
             before = self.loss(cached).item()
@@ -227,7 +251,8 @@ class DeltaAdapter:
                 self.layer.d[index] = self._solve(chosen, len(cached))
             on_step(0, before)
             after = self.loss(cached).item()
-        return Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+        self.trace = Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
+        return self.trace
 
     def _fit(self, settings: Delta, cached: list[CachedDraw], zero_loss: float, on_step: OnStep) -> Trace:
         """The same steps on the kernels of delta_features.py, all of them on the device; on_step follows."""
@@ -261,6 +286,10 @@ class DeltaAdapter:
     def change(self) -> Change:
         distance = self.layer.d.detach().norm().item()
         return Change(distance, distance, int((self.layer.d != 0).sum()), self.layer.d.numel())
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        norms = self.layer.d.detach().norm(dim=1).tolist()
+        return {f"final_layer.d.{index}": (norm, norm) for index, norm in enumerate(norms)}
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

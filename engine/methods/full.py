@@ -14,7 +14,8 @@ from torch import Tensor
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
-from .protocol import Change, OnStep
+from .parts import Fisher
+from .protocol import Change, OnStep, by_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +43,22 @@ class FullAdapter:
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
         self.masters = Masters(list(self.trained.values()), fused=model.paths is not None)
+        self.fisher: Fisher | None = None
+        self.trace = Trace()
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
-        self.masters.reset(self.base)
+        self.trace = Trace()
         return optimize(
             self.masters,
             self.settings,
             lambda step: task.loss(task.draw(step)),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
+            start=self.base,
+            fisher=self.fisher,
+            held_out=lambda: task.held_out_loss(self.settings.held_out_draws),
             on_step=on_step,
+            trace=self.trace,
         )
 
     @torch.no_grad()
@@ -65,6 +72,15 @@ class FullAdapter:
             changed = changed + (parameter != base).sum()
         trained = sum(p.numel() for p in self.trained.values())
         return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return by_layer(
+            (name, (master - base).norm().item() ** 2, (parameter.float() - base.float()).norm().item() ** 2)
+            for (name, parameter), master, base in zip(
+                self.trained.items(), self.masters.tensors, self.base, strict=True
+            )
+        )
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

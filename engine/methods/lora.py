@@ -23,7 +23,8 @@ from ..models.lora_linear import LoRALinear
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
-from .protocol import Change, OnStep
+from .parts import Fisher
+from .protocol import Change, OnStep, by_layer
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -36,7 +37,7 @@ class LoRA(AdamW):
 
     kind: Literal["lora"] = "lora"
     lr: float = 1e-4
-    """Learning rate, constant over the steps."""
+    """Learning rate; `schedule` and `warmup` say how it goes over the steps."""
     rank: int = 16
     """Columns of B and rows of A."""
     alpha: float = 16.0
@@ -94,6 +95,8 @@ class LoRAAdapter:
         self.masters = Masters(
             [p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None
         )
+        self.fisher: Fisher | None = None
+        self.trace = Trace()
         self.restore()
 
     def _wrap(self, layer: nn.Module, index: int, target: str) -> None:
@@ -146,13 +149,19 @@ class LoRAAdapter:
                     prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
             return task.loss_from(prefixes[k], draw, self.cut, text)
 
+        self.trace = Trace()
+        zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
             loss,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
+            start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],
+            fisher=self.fisher,
+            held_out=lambda: task.held_out_loss(self.settings.held_out_draws, fixed_text),
             on_step=on_step,
+            trace=self.trace,
         )
 
     @torch.no_grad()
@@ -162,11 +171,21 @@ class LoRAAdapter:
         changed, dtype = torch.zeros((), dtype=torch.int64, device=self.model.device), self.model.dtype
         for adapter, start in zip(self.adapters.values(), self.start_A, strict=True):
             master = master + ((adapter.A - start).norm() ** 2 + adapter.B.norm() ** 2).double()
-            added = adapter.scale * (adapter.B.to(dtype).float() @ adapter.A.to(dtype).float())
-            effective = effective + (added.norm() ** 2).double()
+            effective = effective + (adapter.added(dtype).norm() ** 2).double()
             changed += (adapter.B.to(dtype) != 0).sum() + (adapter.A.to(dtype) != start.to(dtype)).sum()
         trained = sum(p.numel() for p in self.masters.parameters)
         return Change(master.sqrt().item(), effective.sqrt().item(), int(changed), trained)
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return by_layer(
+            (
+                name,
+                (adapter.A - start).norm().item() ** 2 + adapter.B.norm().item() ** 2,
+                adapter.added(self.model.dtype).norm().item() ** 2,
+            )
+            for (name, adapter), start in zip(self.adapters.items(), self.start_A, strict=True)
+        )
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

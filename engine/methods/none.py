@@ -1,4 +1,4 @@
-"""No adaptation: the baseline every method is compared with."""
+"""No adaptation: the baseline every method is compared with, and the same time spent on more sampling steps instead."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +27,40 @@ class NoAdaptation:
         return NoAdapter()
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoreSampling:
+    """Adapt nothing, and sample in more steps: what a method must beat that takes as long."""
+
+    kind: Literal["more_sampling"] = "more_sampling"
+    sampling_steps: int = 60
+    """Euler steps instead of `sampler.steps`; everything else of the sampler stays."""
+
+    def __post_init__(self) -> None:
+        if self.sampling_steps < 1:
+            raise ValueError(f"sampling_steps must be at least 1, was {self.sampling_steps}")
+
+    def check(self, adaptation: AdaptationSettings) -> None:
+        pass
+
+    def attach(self, model: STDiT3, recipe_seed: int) -> "NoAdapter":
+        return NoAdapter(self.sampling_steps)
+
+
 class NoAdapter:
     steps = 0
+
+    def __init__(self, sampling_steps: int | None = None) -> None:
+        self.sampling_steps = sampling_steps
+        self.trace = Trace()
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
         return Trace()
 
     def change(self) -> Change:
         return Change(0.0, 0.0, 0, 0)
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        return {}
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

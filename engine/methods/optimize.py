@@ -1,7 +1,7 @@
 """The optimisation that the gradient methods share: AdamW on float32 masters, whatever dtype the network computes in.
 
 bfloat16 weights near 0.03 round away steps below about 6e-5, so steps are taken on float32 copies and the network's own
-weights are set from them (arXiv:1710.03740, section 3.1). The penalties of regularised methods join through `penalty`.
+weights are set from them (arXiv:1710.03740, section 3.1). Schedule, penalties and early stopping are parts.py's.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -14,26 +14,32 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from .parts import BestStep, Fisher, Parts, Penalties
+
 
 @dataclass
 class Trace:
     """What adapting did. losses and zero_losses: of each step, before it (of a closed form: before
-    and after it); steps: taken; seconds are kept by the caller."""
+    and after it); steps: taken; penalties: of each step where there are any; held_out: (steps taken, loss on held-out draws) of
+    early stopping, and kept_step the step it went back to; seconds are kept by the caller."""
 
     steps: int = 0
     losses: list[float] = field(default_factory=list)
     zero_losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    kept_step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Parts):
     """AdamW's settings; a method's settings inherit them."""
 
     steps: int = 20
     """Gradient steps a clip."""
     lr: float = 1e-5
-    """Learning rate, constant over the steps."""
+    """Learning rate; `schedule` and `warmup` say how it goes over the steps."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and its square."""
     eps: float = 1e-8
@@ -44,6 +50,7 @@ class AdamW:
     """Largest L2 norm of the gradient over all parameters; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, was {self.steps}; to adapt nothing use method kind none")
         for name in ("lr", "eps"):
@@ -111,16 +118,30 @@ def optimize(
     zero_loss: Callable[[int], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     ahead: Callable[[int], object] = lambda step: None,
+    start: Sequence[Tensor] = (),
+    fisher: Fisher | None = None,
+    held_out: Callable[[], Tensor] | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    trace: Trace | None = None,
 ) -> Trace:
     """Take `settings.steps` steps on loss(step) + penalty(); the optimizer's moments start from zero.
 
-    ahead(step) may prepare a step while the device works on the one before. on_step(step, loss) runs after each step and may
-    raise to stop. Raises FloatingPointError at a loss that is not finite.
+    ahead(step) may prepare a step while the device works on the one before. start, fisher: the unadapted masters and what EWC
+    weighs by, for the settings' penalties; held_out: the loss that early stopping looks at. on_step(step, loss) runs after each
+    step and may raise to stop; the weights in force are then the step's, and `trace` (given to be read there, and returned) says
+    what has been done. Raises FloatingPointError at a loss that is not finite.
     """
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
-    optimizer = FusedAdamW(masters, settings) if masters.fused else PlainAdamW(masters, settings)
-    trace = Trace()
+    trace = Trace() if trace is None else trace
+    penalties = Penalties(settings, start, fisher) if settings.l2 or settings.ewc else None
+    # A penalty adds to float32 gradients of all parameters, which the fused steps never have at once.
+    fused = masters.fused and penalties is None
+    optimizer = FusedAdamW(masters, settings) if fused else PlainAdamW(masters, settings, penalties)
+    best = None
+    if settings.early_stopping:
+        assert held_out is not None, "early stopping needs a held-out loss"
+        best = BestStep(settings.early_stopping, held_out, masters.tensors)
+        trace.held_out = best.losses
     try:
         for step in range(settings.steps):
             value = loss(step)
@@ -135,13 +156,20 @@ def optimize(
                 raise FloatingPointError(
                     f"the loss or its gradient is not finite at step {step}; a smaller lr may help"
                 )
-            optimizer.step(norm)
+            optimizer.step(norm, settings.lr * settings.rate(step, settings.steps))
+            if isinstance(optimizer, PlainAdamW) and penalties:
+                trace.penalties.append(optimizer.penalty)
             trace.steps += 1
             trace.losses.append(number)
             trace.gradient_norms.append(norm.item())
             if zero is not None:
                 trace.zero_losses.append(zero.item())
             on_step(step, number)
+            if best and best.look(step + 1):
+                break
+        if best:
+            trace.kept_step = best.restore()
+            masters.publish()
     finally:
         for tensor in (*masters.tensors, *masters.parameters):
             tensor.grad = None
@@ -149,24 +177,30 @@ def optimize(
 
 
 class PlainAdamW:
-    """torch's AdamW on float32 copies of the gradients."""
+    """torch's AdamW on float32 copies of the gradients. penalty: of the last step."""
 
-    def __init__(self, masters: Masters, settings: AdamW) -> None:
-        self.masters, self.settings = masters, settings
+    def __init__(self, masters: Masters, settings: AdamW, penalties: Penalties | None = None) -> None:
+        self.masters, self.settings, self.penalties, self.penalty = masters, settings, penalties, 0.0
         self.optimizer = torch.optim.AdamW(
             masters.tensors, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay
         )
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradient that `backward` left, over all parameters."""
+        """L2 norm of the gradient that `backward` left and of the penalties' share, over all parameters."""
         self.masters.take_gradients()
+        if self.penalties:
+            self.penalty = self.penalties.add_gradients(self.masters.tensors)
         return torch.nn.utils.get_total_norm([m.grad for m in self.masters.tensors if m.grad is not None])
 
-    def step(self, norm: Tensor) -> None:
+    def step(self, norm: Tensor, lr: float) -> None:
         """Clip, step, and set the network's weights."""
         if self.settings.gradient_clip:
             torch.nn.utils.clip_grads_with_norm_(self.masters.tensors, self.settings.gradient_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
+        if self.penalties:
+            self.penalties.step(self.masters.tensors, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
 
@@ -188,7 +222,7 @@ class FusedAdamW:
         return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
 
     @torch.no_grad()
-    def step(self, norm: Tensor) -> None:
+    def step(self, norm: Tensor, lr: float) -> None:
         s, m = self.settings, self.masters
         # The kernel divides gradients by this number: clip_grad_norm_'s rule, without a pass of its own.
         divisor = (norm + 1e-6).div(s.gradient_clip).clamp(min=1.0) if s.gradient_clip else torch.ones_like(norm)
@@ -197,7 +231,7 @@ class FusedAdamW:
             torch._fused_adamw_(
                 masters, [p.grad.float() for p in parameters if p.grad is not None],
                 [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group),
-                lr=s.lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
+                lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
             )  # fmt: skip
             for parameter in parameters:

@@ -4,17 +4,18 @@ A method knows nothing of videos, disks or clusters. It is attached once to a ne
 between clips `restore` brings every weight back bit for bit, in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
-from .optimize import Trace
+from .optimize import Masters, Trace
+from .parts import Fisher
 
 OnStep = Callable[[int, float], None]
 
@@ -33,8 +34,27 @@ class Change:
     trained: int
 
 
+def layer_of(name: str) -> str:
+    """The layer that a parameter's name lies in: `layers.3` of `layers.3.attn.qkv.weight`, else the first part."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] == "layers" else 1])
+
+
+def by_layer(squares: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float]]:
+    """Distances a layer from (parameter's name, squared distance of the master, of what computes)."""
+    sums: dict[str, list[float]] = {}
+    for name, master, effective in squares:
+        total = sums.setdefault(layer_of(name), [0.0, 0.0])
+        total[0] += master
+        total[1] += effective
+    return {layer: (master**0.5, effective**0.5) for layer, (master, effective) in sums.items()}
+
+
 class Adapter(Protocol):
     """A method attached to a network."""
+
+    trace: Trace
+    """What the running or last `adapt` has done so far."""
 
     @property
     def steps(self) -> int:
@@ -42,11 +62,16 @@ class Adapter(Protocol):
         ...
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
-        """Adapt to a clip, from the restored state. on_step(step, loss) may raise to stop."""
+        """Adapt to a clip, from the state in force. on_step(step, loss) runs after each step with its weights in force, and may raise
+        to stop."""
         ...
 
     def change(self) -> Change:
         """How far the state is from the start."""
+        ...
+
+    def distances(self) -> dict[str, tuple[float, float]]:
+        """L2 distance from the start a layer: of its masters, and of the weights that compute (as `change` has them)."""
         ...
 
     def suspended(self) -> AbstractContextManager[None]:
@@ -68,6 +93,15 @@ class Adapter(Protocol):
     def detach(self) -> None:
         """Restore and give the network back as it was before `attach`."""
         ...
+
+
+@runtime_checkable
+class GradientAdapter(Adapter, Protocol):
+    """An adapter that takes gradient steps on float32 masters."""
+
+    masters: Masters
+    fisher: Fisher | None
+    """What EWC weighs by; whoever attaches a method with that penalty sets it."""
 
 
 class Method(Protocol):

@@ -37,13 +37,16 @@ class Pairs:
         return list(dict.fromkeys(clip for clip, _ in self.treated))
 
     def differences(self, score: str) -> dict[str, list[float]] | None:
-        """Treated minus baseline by clip, one value a seed; None where a result lacks the score."""
+        """Treated minus baseline by clip, one value a seed and sample; None where a result lacks the score.
+
+        Sample k of both arms starts from the same noise; what only one arm has sampled is left out.
+        """
         found: dict[str, list[float]] = {clip: [] for clip in self.clips}
         for unit, treated in self.treated.items():
-            after, before = (result["scores"].get(score, {}).get("mean") for result in (treated, self.baseline[unit]))
-            if after is None or before is None:
-                return None
-            found[unit[0]].append(after - before)
+            for after, before in zip(_values(treated, score), _values(self.baseline[unit], score), strict=False):
+                if after is None or before is None:
+                    return None
+                found[unit[0]].append(after - before)
         return found
 
     def compare(self, score: str, *, seed: int = 0, confidence: float = 0.95) -> PairedDifference | None:
@@ -65,6 +68,12 @@ class Pairs:
             seed=seed,
             confidence=confidence,
         )
+
+
+def _values(result: Result, score: str) -> list[float | None]:
+    """A score of each sample of a result."""
+    first = result["scores"].get(score, {}).get("mean")
+    return [first, *(sample.get(score) for sample in result.get("samples", [])[1:])]
 
 
 def group_of(result: Result) -> str:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 from vidtta.engine.errors import Interrupted
-from vidtta.engine.methods import METHODS, AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
+from vidtta.engine.methods import (
+    METHODS,
+    AnyMethod,
+    Delta,
+    DeltaClosedForm,
+    FullFineTuning,
+    LoRA,
+    MoreSampling,
+    NoAdaptation,
+)
 from vidtta.engine.methods.lora import Target
 from vidtta.engine.methods.optimize import Trace
 from vidtta.engine.methods.protocol import Adapter, Change
@@ -19,6 +28,7 @@ from .tiny import DTYPES, FIXED_DRAWS, tiny_dit, tiny_task
 
 CASES: dict[str, AnyMethod] = {
     "none": NoAdaptation(),
+    "more sampling": MoreSampling(sampling_steps=6),
     "full": FullFineTuning(steps=2, lr=1e-2),
     "lora": LoRA(steps=2, lr=1e-2, rank=2),
     "lora all targets": LoRA(steps=2, lr=1e-2, rank=2, targets=get_args(Target)),
@@ -31,6 +41,7 @@ CASES: dict[str, AnyMethod] = {
     "closed form post": DeltaClosedForm(site="post", ridge=0.0),
     "closed form mid": DeltaClosedForm(site="mid", ranges=2),
 }
+STILL = ("none", "more sampling")  # they leave the network as it is
 each_method = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 
@@ -74,7 +85,7 @@ def assert_as_on_a_new_network(name: str, dtype: torch.dtype, trace: Trace, stat
     assert trace == expected_trace
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[key], expected_state[key]) for key in state)
-    assert any(tensor.any() for tensor in state.values()) == (name != "none")
+    assert any(tensor.any() for tensor in state.values()) == (name not in STILL)
 
 
 @each_method
@@ -89,8 +100,8 @@ def test_restore_is_bit_identical_in_the_same_storage_and_detach_leaves_no_trace
     storage = {key: tensor.data_ptr() for key, tensor in tensors(model).items()}
     assert torch.equal(output(model), base_output)
     adapt(adapter, model, "another clip")
-    assert (state_hash(model) != attached_hash) == (name != "none")
-    assert torch.equal(output(model), base_output) == (name == "none")
+    assert (state_hash(model) != attached_hash) == (name not in STILL)
+    assert torch.equal(output(model), base_output) == (name in STILL)
     adapter.restore()
     assert state_hash(model) == attached_hash
     assert {key: tensor.data_ptr() for key, tensor in tensors(model).items()} == storage
@@ -118,7 +129,7 @@ def test_only_what_is_trained_changes_and_each_step_is_reported(name, dtype):
     assert adapter.change() == Change(0.0, 0.0, 0, trained)
 
     trace = adapter.adapt(tiny_task(model), lambda step, loss: calls.append((step, loss)))
-    steps = 0 if name == "none" else getattr(method, "steps", 1)
+    steps = 0 if name in STILL else getattr(method, "steps", 1)
     assert trace.steps == adapter.steps == steps
     assert [step for step, _ in calls] == list(range(steps))
     assert [loss for _, loss in calls] == trace.losses[:steps]
@@ -129,7 +140,7 @@ def test_only_what_is_trained_changes_and_each_step_is_reported(name, dtype):
     assert changed == (set(base) - {"rope.freqs", "y_embedder.y_embedding"} if name == "full" else set())
     change = adapter.change()
     assert change.trained == trained
-    assert (change.master > 0, change.effective > 0, 0 < change.changed <= trained) == (name != "none",) * 3
+    assert (change.master > 0, change.effective > 0, 0 < change.changed <= trained) == (name not in STILL,) * 3
     adapter.restore()
     assert adapter.change() == Change(0.0, 0.0, 0, trained)
 
@@ -138,7 +149,7 @@ def test_only_what_is_trained_changes_and_each_step_is_reported(name, dtype):
 @each_dtype
 def test_the_first_loss_is_that_of_the_unadapted_network(name, dtype):
     trace, _ = on_a_new_network(name, dtype)
-    if name == "none":
+    if name in STILL:
         assert trace == Trace()
         return
     task = tiny_task(network(dtype))
@@ -186,7 +197,7 @@ def test_an_interruption_while_adapting_is_undone(name, dtype):
         if step == min(1, last):
             raise Interrupted
 
-    if name != "none":  # which takes no step that could be stopped
+    if name not in STILL:  # which takes no step that could be stopped
         with pytest.raises(Interrupted):
             adapter.adapt(tiny_task(model, clip_id="another clip"), interrupt)
         assert state_hash(model) != attached_hash
@@ -210,7 +221,7 @@ def test_a_placebo_is_a_random_change_of_equal_norm(name, dtype):
         change = adapter.change()
         adapter.randomize(torch.Generator().manual_seed(seed))
         assert adapter.change().master == pytest.approx(change.master, rel=1e-5)
-        assert torch.equal(output(model), base_output) == (name == "none")
+        assert torch.equal(output(model), base_output) == (name in STILL)
         states.append(adapter.state())
         assert all(torch.equal(states[-1][key], adapted[key]) == (key == "edges") for key in adapted)
         adapter.restore()

@@ -75,8 +75,8 @@ def test_the_baseline_comes_first_and_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, keep, method, model, "
-         "output_dir, placebos, prompt, sampler, scores, seed, window"),
+        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, diagnostics, keep, method, model, "
+         "output_dir, placebos, prompt, sampler, samples, scores, search, seed, window"),
         ("window: {fsp: 1}", "window.fsp: unknown key (perhaps fps); window takes fps, known_chunks, known_frames, "
          "model_frames, posterior, scored_from, total_frames"),
         ("prompt: {zzz: 1}", "prompt.zzz: unknown key; prompt takes aesthetic, camera_motion, motion"),
@@ -112,8 +112,13 @@ def test_mistakes_in_sections(text, message):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("lora, lrr: 1", "method.lrr: unknown key (perhaps lr); lora takes alpha, betas, cache_prefix, eps, gradient_clip, "
-         "kind, last_layers, lr, rank, start, steps, targets, weight_decay"),
+        ("lora, lrr: 1", "method.lrr: unknown key (perhaps lr); lora takes alpha, betas, cache_prefix, "
+         "early_stopping, eps, ewc, gradient_clip, kind, l2, last_layers, lr, rank, schedule, start, steps, targets, warmup, "
+         "weight_decay"),
+        ("lora, l2: {wieght: 1}", "method.l2.wieght: unknown key (perhaps weight); l2 takes step, weight (and 1 more)"),
+        ("full, ewc: {clips: A, draws: x}", "method.ewc.draws: should be a whole number, was 'x'"),
+        ("full, l2: {weight: 0}", "method.l2: weight must be positive, was 0.0; for no penalty leave l2 out"),
+        ("full, schedule: step", "method.schedule: should be 'constant', 'linear' or 'cosine', was 'step'"),
         ("none, lr: 1", "method.lr: unknown key; none takes kind"),
         ("lora, lr: fast", "method.lr: should be a number, was 'fast'"),
         ("lora, lr: 0", "method: lr must be positive, was 0.0"),
@@ -122,8 +127,8 @@ def test_mistakes_in_sections(text, message):
         ("lora, betas: [0, 0, 0]", "method.betas: should have 2 entries, had 3"),
         ("lora, betas: [0, x]", "method.betas.1: should be a number, was 'x'"),
         ("lora, last_layers: none", "method.last_layers: should be a whole number or 'all', was 'none'"),
-        ("lroa", "method.kind: should be one of none, full, lora, delta, delta_closed_form, was 'lroa' (perhaps lora)"),
-        ("3", "method.kind: should be one of none, full, lora, delta, delta_closed_form, was 3"),
+        ("lroa", "method.kind: should be one of none, more_sampling, full, lora, delta, delta_closed_form, was 'lroa' (perhaps lora)"),
+        ("3", "method.kind: should be one of none, more_sampling, full, lora, delta, delta_closed_form, was 3"),
         ("delta_closed_form, site: pre", "method.site: should be 'post' or 'mid', was 'pre'"),
         ("delta", "method: a delta needs adaptation.draws to be a number, was fresh: its features are cached for fixed draws"),
     ],
@@ -135,23 +140,24 @@ def test_mistakes_in_a_method(method, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a recipe needs a method (a kind: none, full, lora, delta, delta_closed_form) or arms"),
+        ("", "a recipe needs a method (a kind: none, more_sampling, full, lora, delta, delta_closed_form) or arms"),
         ("method: {kind: lora}\narms: {a: {kind: lora}}",
          "method: method and arms are both given; give one of them (the key of one arm is arms.NAME.KEY)"),
         ("method: lora", "method: should be a mapping, was 'lora'"),
-        ("method: {}", "method.kind: missing; it is one of none, full, lora, delta, delta_closed_form"),
+        ("method: {}", "method.kind: missing; it is one of none, more_sampling, full, lora, delta, delta_closed_form"),
         ("method: {kind: [a]}",
-         "method.kind: should be one of none, full, lora, delta, delta_closed_form, was ['a']"),
+         "method.kind: should be one of none, more_sampling, full, lora, delta, delta_closed_form, was ['a']"),
         ("arms: {}", "arms: should name at least one arm, was empty"),
         ("arms: [a]", "arms: should be a mapping, was ['a']"),
         ("arms: {a: 3}", "arms.a: should be a mapping, was 3"),
-        ("arms: {a: {rank: 3}}", "arms.a.kind: missing; it is one of none, full, lora, delta, delta_closed_form"),
+        ("arms: {a: {rank: 3}}", "arms.a.kind: missing; it is one of none, more_sampling, full, lora, delta, delta_closed_form"),
         ("arms: {a/b: {kind: full}}",
          "arms.a/b: an arm's name becomes a folder: it should be made of letters, digits, _ and -"),
         ('arms: {"a\\n": {kind: full}}',
          "arms.a\n: an arm's name becomes a folder: it should be made of letters, digits, _ and -"),
         ("arms: {lora: {kind: lora, lora: 1, kind2: 3}}", "arms.lora.lora: unknown key (perhaps lr); lora takes alpha, betas, "
-         "cache_prefix, eps, gradient_clip, kind, last_layers, lr, rank, start, steps, targets, weight_decay (and 1 more)"),
+         "cache_prefix, early_stopping, eps, ewc, gradient_clip, kind, l2, last_layers, lr, rank, schedule, start, steps, targets, "
+         "warmup, weight_decay (and 1 more)"),
         ("arms: {baseline: {kind: full}}", "arms.baseline: the name is kept for the arm of kind none; give another"),
         ("arms: {a: {kind: none}, b: {kind: none}}",
          "arms.b: one arm of kind none is enough, every other arm is compared with it"),
@@ -208,7 +214,7 @@ UNREAD = [
      "with sampler.oscillate_text and sampler.oscillate_image off every step guides"),
     *((f"adaptation: {{{key}: {value}}}\nmethod: {{kind: none}}", f"adaptation.{key}", NONE_KEYS)
       for key, value in [("objective", "denoise"), ("context_latents", 2), ("timesteps", "sampler"), ("draws", 4),
-                         ("adapted_branches", "conditional")]),
+                         ("adapted_branches", "conditional"), ("temporal", 0.5), ("reset", "never")]),
 ]  # fmt: skip
 
 
@@ -322,7 +328,7 @@ def test_a_dump_leaves_out_what_nothing_reads():
     text = dump_recipe(load(HEAD + "adaptation: {objective: denoise}\nmethod: {kind: full}"))
     assert "context_latents" not in text and "draws: fresh" in text
     assert "adaptation" not in dump_recipe(load(HEAD + "method: {kind: none}"))
-    assert "  full:\n    kind: full\n    steps: 20\n" in text
+    assert "  full:\n    kind: full\n" in text and "    steps: 20\n" in text
 
 
 def test_warnings_name_untrained_sizes_and_lengths():
@@ -351,11 +357,14 @@ def test_the_schema_is_closed_described_and_knows_the_kinds():
     schema = recipe_schema()
     assert json.loads(json.dumps(schema)) == schema
     found = list(objects(schema))
-    assert len(found) == 2 + len(schema["$defs"])  # the recipe, its arms, each section and method
-    assert all(one["additionalProperties"] is False for one in found)
+    assert len(found) == 3 + len(schema["$defs"])  # the recipe, its arms, a search's grid, each section and method
+    open_keys = [one for one in found if one["additionalProperties"] is not False]
+    assert (
+        len(open_keys) == 1 and open_keys[0] is schema["$defs"]["Search"]["properties"]["grid"]
+    )  # its keys are a method's
     assert set(schema["properties"]) == {
         "base", "method", "output_dir", "placebos", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
-        "scores", "keep",
+        "diagnostics", "samples", "scores", "search", "keep",
     }  # fmt: skip
     undescribed = [
         (name, key)
@@ -387,7 +396,7 @@ def test_an_inherited_key_keeps_the_description_of_its_own_class():
 def test_sections_are_frozen():
     recipe = load(HEAD + "method: {kind: full}")
     sections = [recipe, *(value for value in vars(recipe).values() if is_dataclass(value)), recipe.arms["full"]]
-    assert len(sections) == 9
+    assert len(sections) == 10
     for section in sections:
         with pytest.raises(AttributeError):
             setattr(section, fields(section)[0].name, 1)

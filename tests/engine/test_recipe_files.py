@@ -42,7 +42,7 @@ def test_only_names_stand_for_packaged_recipes(name):
 
 
 def test_a_missing_recipe_names_the_closest():
-    names = ", ".join(sorted(path.stem for path in PACKAGED.glob("*.yaml")))
+    names = ", ".join(path.stem for path in sorted(PACKAGED.glob("*.yaml")))
     assert mistake("recipes/lorra.yaml") == (
         f"recipes/lorra.yaml: there is no such recipe (perhaps lora); packaged ones are {names}"
     )

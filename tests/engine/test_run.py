@@ -136,6 +136,9 @@ def test_a_result_says_what_was_done(lab, first):
         "losses": [],
         "zero_losses": [],
         "gradient_norms": [],
+        "penalties": [],
+        "held_out": [],
+        "kept_step": None,
         "change": {"master": 0.0, "effective": 0.0, "changed": 0, "trained": 0},
     }
 
