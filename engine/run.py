@@ -1,10 +1,8 @@
 """A recipe, run: every arm on every clip, each result on disk before the next clip begins."""
 
-import errno
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .cluster.attempts import persist
-from .cluster.machine import GONE
+from .cluster.machine import NO_SPACE, system_errors_told
 from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
 from .continual import Carried
@@ -24,9 +22,8 @@ from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model, to_uint8, write_video
 from .diagnostics import Curves, HeldOut
-from .environment import describe_environment
 from .errors import Interrupted, MachineFailed, UserError
-from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors, write_text
+from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors
 from .fisher import prepare_fisher, validation_clips
 from .methods import adapts
 from .methods.protocol import Adapter, GradientAdapter
@@ -38,8 +35,9 @@ from .models.stdit3 import Caption
 from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
+from .records import write_failure, write_head
 from .references import means
-from .rundir import RunDirectory, check_paired, clip_settings, first_difference, read_json
+from .rundir import RunDirectory, check_paired, clip_settings
 from .search import confirmation, raise_unless_disjoint, summarise, trajectories
 from .session import Session
 from .stop import StopFlag, stop_flag
@@ -48,7 +46,6 @@ from .summary import Row, marks_of, print_summary, write_comparisons, write_summ
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 CONTINUAL = "continual adaptation: a result depends on the clips before it in the list (adaptation.reset)"
 
 
@@ -113,19 +110,6 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     return 1 if failed else 0
 
 
-@contextmanager
-def system_errors_told(root: Path) -> Iterator[None]:
-    """Say in one sentence that the disk is full, or that its file system is gone; what is finished stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise UserError(f"{root}: {error.strerror}; free some space and give the same command again") from error
-        if error.errno in GONE:
-            raise MachineFailed(f"{root}: the file system failed ({error.strerror})") from error
-        raise
-
-
 def write_last_summary(session: Session) -> list[Row]:
     """Write the summary; again where tasks finished clips meanwhile, so that the last of several that end at once has them all."""
     directory, before = session.directory, -1
@@ -183,7 +167,11 @@ def run_arms(
     if not waiting:
         return 0
     arm = list(waiting)[-1]  # the one with the most steps passes through the others
-    clips = [clip for clip in session.clips if any(clip.id in ids for ids in waiting.values())]
+    # In the order of what waits, where clips that took a process down come last; continual adaptation has an order of its own.
+    clips = list({clip.id: clip for name in reversed(waiting) for clip in todo[name]}.values())
+    if session.continual(arm):
+        order = [clip.id for clip in session.clips]
+        clips.sort(key=lambda clip: order.index(clip.id))
 
     def step(phase: str, done: int, total: int) -> None:
         progress.step(phase, done, total)
@@ -402,35 +390,6 @@ def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outc
     for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
         if name in keep and tensors:
             write_tensors(folder / f"{name}.safetensors", tensors)
-
-
-def write_failure(session: Session, arm: str, clip: Clip, error: Exception) -> str:
-    """Record why a clip has no result, with the traceback unless it is the clip's own fault; returns the reason."""
-    foreseen = isinstance(error, UserError | MachineFailed | FloatingPointError | ValueError)
-    reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
-    trace = None if isinstance(error, UserError) else traceback.format_exc()
-    failure = {"clip": clip.id, "arm": arm, "reason": reason, "traceback": trace}
-    session.directory.write_failure(arm, clip.id, failure)
-    return reason
-
-
-def write_head(session: Session) -> None:
-    """The run's recipe, environment and choices; the first task of a shared run directory writes the choices."""
-    from .recipe import dump_recipe
-
-    root = session.directory.root
-    try:
-        write_text(root / "recipe.yaml", dump_recipe(session.recipe))
-    except OSError as error:
-        raise UserError(f"output_dir {root}: cannot be written ({error.strerror}); choose another") from error
-    if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
-        write_json(root / "environment.json", describe_environment(session.models.dit.device))
-    ours, theirs = session.describe_paths(), read_json(root / "choices.json")
-    if theirs is None:
-        write_json(root / "choices.json", ours)
-    elif theirs != ours:
-        where = first_difference(theirs, ours)
-        print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
 
 
 def _line(arm: str, clip_id: str, result: dict[str, Any]) -> str:

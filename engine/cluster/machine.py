@@ -6,13 +6,15 @@ that restarts) comes back: what was in hand is then done again.
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from ..errors import MachineFailed
+from ..errors import MachineFailed, UserError
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 GONE_NAMES = (
     "EIO",
     "ESTALE",
@@ -85,3 +87,16 @@ def wait_for(root: Path, check_stop: Callable[[], None], say: Callable[[str], No
             return
         if time.monotonic() > until:
             raise MachineFailed(f"{root}: the file system has been gone for {PATIENCE / 60:.0f} minutes")
+
+
+@contextmanager
+def system_errors_told(root: Path) -> Iterator[None]:
+    """Say in one sentence that the disk is full, or that its file system is gone; what is finished stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise UserError(f"{root}: {error.strerror}; free some space and give the same command again") from error
+        if error.errno in GONE:
+            raise MachineFailed(f"{root}: the file system failed ({error.strerror})") from error
+        raise

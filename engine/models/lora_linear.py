@@ -40,6 +40,10 @@ class LoRALinear(nn.Module):
         if self.extended is not None:
             write_up(self.extended, self.B, self.scale)
 
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """What the layer's weight gains in effect, computed from A and B rounded to `dtype`; [out, in] float32."""
+        return self.scale * (self.B.to(dtype).float() @ self.A.to(dtype).float())
+
     def forward(self, x: Tensor) -> Tensor:
         if self.extended is not None:
             return _Extended.apply(x, self.extended, self.base.bias, self.A, self.B, self.scale)  # type: ignore[return-value]

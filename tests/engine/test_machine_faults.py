@@ -29,18 +29,17 @@ def undisturbed(lab):
 
 
 def failing(monkeypatch, error, times, arm_adapts=True, clip="ball"):
-    """Let adapting to a clip raise so many times; the list of calls for it, each with whether layers were checkpointed."""
-    calls, adapt = [], clip_module.adapt
+    """Let a clip raise so many times after it was adapted to; the list of calls for it, each with whether layers were checkpointed."""
+    calls, finish = [], clip_module.finish
 
-    def fails(experiment, known, adapter, progress):
-        trace = adapt(experiment, known, adapter, progress)
+    def fails(experiment, known, adapter, *rest):
         if known.clip_id == clip and bool(adapter.steps) == arm_adapts:
             calls.append("forward" in experiment.dit.layers[0].__dict__)
             if len(calls) <= times:
                 raise error
-        return trace
+        return finish(experiment, known, adapter, *rest)
 
-    monkeypatch.setattr(clip_module, "adapt", fails)
+    monkeypatch.setattr(clip_module, "finish", fails)
     return calls
 
 

@@ -79,7 +79,7 @@ def test_a_result_says_what_was_done(lab, first):
             "marks",
             "warnings",
             "retries",
-                "keys",
+            "keys",
             "settings",
             "seeds",
             "window",
