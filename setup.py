@@ -37,7 +37,7 @@ setup(
         "torch>=2.11,<2.14",
         "torchvision>=0.26,<0.29",
         'triton>=3.6,<3.8; platform_system=="Linux"',
-        "numpy>=2.0",
+        "numpy>=2.0,<2.5",  # under 2.5 the interpreter of Triton 3.6 fails, which runs the kernels on a CPU
         "pyyaml>=6.0.2",
         "pydantic>=2.11,<3",
         "av>=18,<19",
