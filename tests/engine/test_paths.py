@@ -86,7 +86,7 @@ def test_steps_in_bounded_groups_are_adamw(clip: float, dtype: torch.dtype, monk
             for i, parameter in enumerate(parameters[: 3 if step < 2 else 4]):  # the last has no gradient at first
                 parameter.grad = (1 + step) * noise(10 * step + i + 50, *parameter.shape).to(dtype)
             norms.append(optimizer.gradient_norm())
-            optimizer.step(norms[-1])
+            optimizer.step(norms[-1], settings.lr)
             assert all(p.grad is None for p in parameters)
         found.append([*masters.tensors, *parameters, *norms])
     for plain, fast in zip(*found, strict=True):

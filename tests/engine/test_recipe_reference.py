@@ -20,7 +20,8 @@ def test_the_page_is_up_to_date(capsys):
 def test_every_key_of_the_schema_has_a_row():
     schema, page = recipe_schema(), PAGE.read_text(encoding="utf-8")
     for key, field in schema["properties"].items():
-        held = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {})
+        refs = [choice["$ref"].rpartition("/")[2] for choice in (field, *field.get("anyOf", ())) if "$ref" in choice]
+        held = schema["$defs"][refs[0]] if refs else {}  # a section that may be left out as well
         for name in [f"{key}.{inner}" for inner in held.get("properties", {})] or [key]:
             assert f"| `{name}` |" in page
     for kind, method in METHODS.items():
