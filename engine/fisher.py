@@ -8,7 +8,7 @@ Gradients are of one sample at a time: a batch would square a mean instead.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,8 +108,17 @@ def prepare_fisher(
     ewc, recipe = method.ewc, session.recipe
     clips = validation_clips(recipe.data, ewc.clips, ewc.limit, session.listed, f"arms.{arm}.ewc.clips")
     shapes = [list(p.shape) for p in masters.parameters]
+    # What a method adds to an optimizer's settings says what is trained and from where: LoRA's alpha, targets, start.
+    own = {name: value for name, value in asdict(method).items() if name not in {f.name for f in fields(AdamW)}}
     key = sha256_json(
-        [session.protocol, asdict(recipe.adaptation), method.kind, shapes, ewc.draws, [clip_hash(c) for c in clips]]
+        [
+            session.protocol,
+            asdict(recipe.adaptation),
+            {"kind": method.kind, **own},
+            shapes,
+            ewc.draws,
+            [clip_hash(c) for c in clips],
+        ]
     )
     path = session.directory.shared / "fisher" / f"{key[:16]}.safetensors"
     stored = _read(path, key, len(shapes))

@@ -79,6 +79,18 @@ def test_a_run_keeps_it_reads_it_again_and_makes_a_damaged_one_again(lab, monkey
     assert made == [1, 1]
 
 
+def test_arms_share_it_where_they_train_the_same_alone(lab):
+    """Rates do not matter to it; LoRA's alpha does, though the tensors have equal shapes."""
+
+    def lora(**own):
+        ewc = {"clips": str(lab.root / "validation"), "weight": 1e3, "draws": 1}
+        return {"kind": "lora", "rank": 2, "steps": 1, "lr": 1e-3, "ewc": ewc, **own}
+
+    named = {"a": lora(alpha=2.0), "b": lora(alpha=2.0, lr=1e-2), "c": lora(alpha=8.0)}
+    assert lab.run("alphas", "data.limit=1", "keep=[]", arms=named) == 0
+    assert len(list((lab.root / "alphas/shared/fisher").iterdir())) == 2
+
+
 def test_validation_clips_must_not_be_adapted_on_or_scored(lab, capsys):
     assert lab.run("shared", **arms(lab, "clips")) == 2
     assert one_sentence(capsys).endswith(
