@@ -45,11 +45,10 @@ def main() -> None:
     parser.add_argument("--vae-lr", type=float, default=8e-4)
     parser.add_argument("--dit-steps", type=int, default=20000)
     parser.add_argument("--dit-batch", type=int, default=64, help="clips a step and card")
-    parser.add_argument("--dit-lr", type=float, default=1e-3)
+    parser.add_argument("--dit-lr", type=float, default=1.5e-3)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end each part after so long, if its steps take longer"
     )
-    parser.add_argument("--muon", action="store_true", help="Muon's steps for the layers' matrices")
     parser.add_argument("--bank", type=int, default=8192, help="clips held encoded, a card")
     arguments = parser.parse_args()
 
@@ -95,7 +94,7 @@ def main() -> None:
     save("vae", vae)
     if arguments.dit_steps:
         plan = Plan(arguments.dit_steps, arguments.dit_batch, arguments.dit_lr, warmup=500, minutes=arguments.minutes)
-        train_dit(dit, table, vae, plan, cards, logger("dit", plan), arguments.bank, arguments.muon)
+        train_dit(dit, table, vae, plan, cards, logger("dit", plan), arguments.bank)
         save("dit", dit)
         if cards.rank == 0:
             write_tensors(arguments.out / TABLE, {"table": table.detach()})

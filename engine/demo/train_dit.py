@@ -163,7 +163,6 @@ def train_dit(
     cards: Cards,
     log: Callable[[int, dict[str, float]], None],
     bank: int,
-    muon: bool = False,
 ) -> None:
     """Train the transformer and the word table [TABLE_ROWS + 1, channels] in place; afterwards they are the running averages.
 
@@ -175,7 +174,7 @@ def train_dit(
     if cards.device.type == "cuda":
         for layer in dit.layers:
             layer.compile(dynamic=False)  # spatial and temporal layers share one graph each, a shape
-    matrices = [m.weight for layer in dit.layers for m in layer.modules() if isinstance(m, nn.Linear)] if muon else []
+    matrices = [m.weight for layer in dit.layers for m in layer.modules() if isinstance(m, nn.Linear)]
     trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards, matrices)
     batches = Batches(vae, plan, cards, bank)
     latent_size = (HEIGHT // 8, WIDTH // 8)

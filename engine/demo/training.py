@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..recorded import Recorded
+from .muon import Muon
 
 PIECE_BYTES = 16_000_000
 """Largest weight file; below 16 MiB."""
@@ -71,7 +72,7 @@ class Plan:
 class Trainer:
     """Steps on trained tensors, equal on every card, and the running average of their values.
 
-    AdamW, but for the `matrices` among them, which take Muon's steps at the same root mean square (arXiv:2502.16982, section 2.2).
+    AdamW, but for the `matrices` among them, which take Muon's steps (muon.py).
     Gradients are views of one flat buffer: one message between the cards and one norm.
     """
 
@@ -82,13 +83,11 @@ class Trainer:
         apart = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in apart]
         fused = cards.device.type == "cuda"
-        self.optimizers: list[torch.optim.Optimizer] = [
+        self.optimizers: list[torch.optim.Optimizer | Muon] = [
             torch.optim.AdamW(rest, plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         ]
         if matrices:
-            self.optimizers.append(
-                torch.optim.Muon(matrices, plan.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimizers.append(Muon(matrices, plan.lr))
         self.averages = [p.detach().clone() for p in self.parameters]
         self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=cards.device)
         parts = self.gradient.split([p.numel() for p in self.parameters])
