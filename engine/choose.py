@@ -1,48 +1,29 @@
 """Choosing the path of each kind of work: the recipe's word, else what this run directory holds, else measured.
 
 Measured once, on the card, on the recipe's own shapes: by the table beside this file where it knows card, network and shapes
-(path_table.py makes it from the benches' results), else here, on the first layers of the network with a random clip. What is
-faster and agrees with the plain path is taken; what is asked for by name is tried the same way before the first clip, and
-refused in one sentence where it cannot run. Attention is measured here always: it takes seconds.
+(path_table.py makes it from the benches' results), else here, on the last layers of the network with a random clip. What is
+faster and agrees with the plain path is taken. What the table or the recipe names is tried the same way before the first clip,
+and what a recipe names is refused in one sentence where it cannot run. Attention is measured here always: it takes seconds.
 """
 
-import gc
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..kernels.attention import MEASURED, PACKAGES, SDPA, Choice, Shape, choose, measure, self_attention_shapes
 from ..kernels.windows import Grid
-from .choices import WORKS, Choices, Way, Work, allowed_ways, merged, paths_of, use_vae_way
+from .choices import WORKS, Choices, Way, Work, allowed_ways, merged
 from .clip import Experiment
 from .errors import UserError
 from .files import write_json, write_json_once
+from .measure_paths import RUNS, Row, measure_ways
 from .methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA
-from .methods.none import NoAdapter
 from .models.load import ModelSettings
-from .models.paths import use_paths
-from .models.stdit3 import Caption, Condition
-from .models.vae import CHUNK_FRAMES, CHUNK_LATENTS
-from .models.vae_fast import use_plain
 from .path_table import fastest_known
 from .rundir import RunDirectory, read_json
-from .seeds import normal
-
-LAYERS = 8  # of the network, spatial and temporal in turn, that a way is measured on
-RUNS = 5
-TOKENS = 60  # of the caption
-LARGEST_DISTANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}
-"""From the plain path's result, relative L2; its gradients may lie twice as far."""
-
-Row = dict[str, Any]
 
 
 def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...]:
@@ -64,17 +45,22 @@ def choose_paths(
     experiment: Experiment,
     root: Path,
     *,
-    works: tuple[Work, ...],
+    methods: Iterable[AnyMethod],
+    diagnostics: bool,
     describe: Callable[[Choices], dict[str, Any]],
     say: Callable[[str], None] = lambda text: None,
 ) -> Choices:
-    """The choices of a run directory's tasks. works: of `works_of`; describe: what choices.json says beside what was measured; say:
-    told what is going on. Writes choices.json where anything was measured: the first of several tasks does, the others take
-    its choices. Raises UserError for what was asked for and cannot run here.
+    """The choices of a run directory's tasks. methods: of the arms; diagnostics: as `works_of`; describe: what choices.json says beside
+    what was measured; say: told what is going on.
+
+    Writes choices.json where anything was measured or tried: the first of several tasks does, the others take its choices.
+    Raises UserError for what was asked for and cannot run here.
     """
-    device = experiment.dit.device
+    device, methods = experiment.dit.device, list(methods)
+    works = works_of(methods, diagnostics)
+    lora = next((method for method in methods if isinstance(method, LoRA)), LoRA(rank=16))
     found = merged(_stored(root, device), settings, device.type == "cuda")
-    chosen, rows = _complete(found, settings, experiment, works, say)
+    chosen, rows = _complete(found, settings, experiment, works, lora, say)
     if not rows:
         return chosen
     path = root / "choices.json"
@@ -115,9 +101,14 @@ def _fits(settings: ModelSettings, choices: Choices) -> bool:
 
 
 def _complete(
-    found: Choices, settings: ModelSettings, experiment: Experiment, works: tuple[Work, ...], say: Callable[[str], None]
+    found: Choices,
+    settings: ModelSettings,
+    experiment: Experiment,
+    works: tuple[Work, ...],
+    lora: LoRA,
+    say: Callable[[str], None],
 ) -> tuple[Choices, list[Row]]:
-    """Choices for all these works, and the rows that were measured for them."""
+    """Choices for all these works, and the rows that were measured for them. lora: what is trained to measure training."""
     gpu, rows = experiment.dit.device.type == "cuda", []
     allowed: dict[Work, tuple[Way, ...]] = {work: allowed_ways(settings, work, gpu) for work in WORKS}
     why = dict(found.why)
@@ -135,20 +126,50 @@ def _complete(
             chosen[work], why[work] = "plain", asked or "auto on a CPU"
         elif work not in works:
             continue
-        elif len(ways) > 1 and (known := fastest_known(experiment, work, ways)):
-            chosen[work], why[work] = known
         else:
-            say(f"{'measuring' if len(ways) > 1 else 'trying'} {', '.join(ways)} for {work}")
-            measured = measure_ways(experiment, work, ways, found.attention, found.cross)
-            rows += measured
-            chosen[work] = _pick(settings, work, ways, measured)
-            why[work] = "measured here, fastest" if len(ways) > 1 else asked
+            chosen[work], why[work], more = _way(
+                settings,
+                experiment,
+                work,
+                ways,
+                asked,
+                attention=found.attention,
+                cross=found.cross,
+                lora=lora,
+                say=say,
+            )
+            rows += more
     if found.features is None and "features" not in chosen:
         chosen["features"], why["features"] = (
             chosen.get("sampling") or found.sampling,
             "as sampling, nothing is fitted there",
         )
     return replace(found, **{str(work): way for work, way in chosen.items()}, why=why), rows
+
+
+def _way(
+    settings: ModelSettings,
+    experiment: Experiment,
+    work: Work,
+    ways: tuple[Way, ...],
+    asked: str,
+    *,
+    attention: Choice | None,
+    cross: str | None,
+    lora: LoRA,
+    say: Callable[[str], None],
+) -> tuple[Way, str, list[Row]]:
+    """The way of one kind of work, why, and what was measured: the table's, if it runs here, else the fastest."""
+    rows: list[Row] = []
+    if known := fastest_known(experiment, work, ways):
+        say(f"trying {known[0]} for {work}, {known[1]}")
+        rows = measure_ways(experiment, work, (known[0],), attention, cross, lora)
+        if "milliseconds" in rows[-1]:
+            return *known, rows
+    say(f"{'measuring' if len(ways) > 1 else 'trying'} {', '.join(ways)} for {work}")
+    measured = measure_ways(experiment, work, ways, attention, cross, lora)
+    why = "measured here, fastest" if len(ways) > 1 else asked
+    return _pick(settings, work, ways, measured), why, rows + measured
 
 
 def _pick(settings: ModelSettings, work: Work, ways: tuple[Way, ...], rows: list[Row]) -> Way:
@@ -223,123 +244,3 @@ def _cross(experiment: Experiment, pinned: str | None) -> str | None:
     if pinned in SDPA and pinned != "cudnn":
         return pinned
     return "flash" if experiment.dit.device.type == "cuda" and experiment.dit.dtype != torch.float32 else None
-
-
-def measure_ways(
-    experiment: Experiment, work: Work, ways: tuple[Way, ...], attention: Choice | None, cross: str | None
-) -> list[Row]:
-    """A row for each way of a kind of work: milliseconds (of a few layers, or of a VAE chunk), seconds of the first call, relative
-    distance from the plain path; or why there are none. One way alone is tried, not timed. Plain JSON."""
-    truth, rows = None, []
-    for way in dict.fromkeys(("plain", *ways)):
-        row: Row = {"work": work, "way": way}
-        try:
-            with _in_force(experiment, work, way, attention, cross), _example(experiment, work) as call:
-                start = _now(experiment)
-                result = call().detach().float()
-                row["first_s"] = _now(experiment) - start
-                if truth is None:
-                    truth = result
-                row["distance"] = ((result - truth).norm() / truth.norm()).item()
-                allowed = LARGEST_DISTANCE[experiment.dit.dtype] * (2 if work == "training" else 1)
-                if not row["distance"] <= allowed:
-                    raise ArithmeticError(
-                        f"relative distance {row['distance']:.3g} from the plain path, allowed {allowed}"
-                    )
-                row["milliseconds"] = _median_ms(experiment, call) if len(ways) > 1 else 0.0
-        except Exception as error:  # each way fails in ways of its own; whoever asked for it is told
-            row.pop("milliseconds", None)
-            row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-        gc.collect()
-        if experiment.dit.device.type == "cuda":
-            torch.cuda.empty_cache()
-        rows.append(row)
-    return rows if "plain" in ways else rows[1:]
-
-
-def _now(experiment: Experiment) -> float:
-    if experiment.dit.device.type == "cuda":
-        torch.cuda.synchronize(experiment.dit.device)
-    return time.perf_counter()
-
-
-def _median_ms(experiment: Experiment, call: Callable[[], Tensor]) -> float:
-    call()
-    times = []
-    for _ in range(RUNS):
-        start = _now(experiment)
-        call()
-        times.append(1e3 * (_now(experiment) - start))
-    return statistics.median(times)
-
-
-@contextmanager
-def _in_force(
-    experiment: Experiment, work: Work, way: Way, attention: Choice | None, cross: str | None
-) -> Iterator[None]:
-    """Inside, one kind of work is computed in one way."""
-    before = experiment.dit.paths
-    if work == "vae":
-        use_vae_way(experiment.vae, way)
-    else:
-        use_paths(experiment.dit, paths_of(way, attention, cross))
-    try:
-        yield
-    finally:
-        use_paths(experiment.dit, before)
-        if work == "vae" and way != "plain":
-            use_plain(experiment.vae)
-
-
-@contextmanager
-def _example(experiment: Experiment, work: Work) -> Iterator[Callable[[], Tensor]]:
-    """A call that does a kind of work on a random clip at the recipe's shapes, under the paths in force."""
-    if work == "vae":
-        with torch.no_grad():
-            yield partial(_vae_chunk, experiment)
-        return
-    dit, window = experiment.dit, experiment.window
-    count = min(LAYERS, len(dit.layers))
-    first = len(dit.layers) - count
-    adapter = NoAdapter()
-    if work == "training":
-        rank = min(16, dit.config.hidden_size)
-        adapter = LoRA(rank=rank, last_layers=count).attach(dit, 0)
-    try:
-        frames = window.latent_frames if work == "sampling" else window.known_latents
-        batch = 3 if work == "sampling" else 1
-        size = (experiment.pixel_size[0] // 8, experiment.pixel_size[1] // 8)
-        known = window.known_latents if work == "sampling" else min(experiment.adaptation.context_latents, frames - 1)
-        geometry = dit.geometry(frames, size, experiment.pixel_size, tuple(range(known)))
-        shape = (batch, dit.config.in_channels, frames, *size)
-        latents, mask = normal(shape, 0, "", "paths").to(dit.device, dit.dtype), torch.zeros(shape, device=dit.device)
-        mask[:, :, :known] = 1
-        null: Tensor = dit.y_embedder.y_embedding  # type: ignore[assignment]
-        with torch.no_grad():
-            t, fps = (torch.full((batch,), value, device=dit.device) for value in (600.0, window.fps))
-            state = dit.embed(latents, t, fps, geometry, Condition(latents * mask, mask.to(dit.dtype)))
-            text = dit.text_states(Caption(null[None, :TOKENS].expand(batch, -1, -1)))
-            known_text = dit.text_states(Caption(null[None, :TOKENS]))
-
-        def call() -> Tensor:
-            if not isinstance(adapter, NoAdapter):
-                tokens = dit.run_layers(state, text, known_text, geometry, first).tokens
-                parameters = adapter.masters.parameters
-                grads = torch.autograd.grad(tokens.float().square().mean(), parameters)
-                return torch.cat([grad.flatten() for grad in grads])
-            with torch.no_grad():
-                return dit.run_layers(state, text, known_text, geometry, first).tokens
-
-        yield call
-    finally:
-        adapter.detach()
-
-
-def _vae_chunk(experiment: Experiment) -> Tensor:
-    """Encode a chunk's frames and decode a chunk's latents; both results in one row of numbers."""
-    vae, (height, width) = experiment.vae, experiment.pixel_size
-    frames = min(CHUNK_FRAMES, experiment.window.encoded_frames)
-    pixels = normal((1, 3, frames, height, width), 0, "", "pixels").clamp(-1, 1).to(experiment.dit.device)
-    latents = normal((1, vae.config.z_channels, CHUNK_LATENTS, height // 8, width // 8), 0, "", "paths")
-    found = vae.encode(pixels), vae.decode(latents.to(experiment.dit.device))
-    return torch.cat([tensor.float().flatten() for tensor in found])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .choices import put_in_force
-from .choose import choose_paths, works_of
+from .choose import choose_paths
 from .cluster.place import Place
 from .data.clips import list_clips
 from .errors import UserError
@@ -65,7 +65,8 @@ def _with_paths(session: Session, say: Callable[[str], None]) -> Session:
         recipe.model,
         experiment,
         session.directory.root,
-        works=works_of((arm.method for arm in session.arms.values()), recipe.diagnostics.wanted),
+        methods=(arm.method for arm in session.arms.values()),
+        diagnostics=recipe.diagnostics.wanted,
         describe=lambda choices: replace(session, choices=choices).describe_paths(),
         say=say,
     )

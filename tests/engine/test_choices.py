@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from vidtta.engine import choices as choices_module
-from vidtta.engine import choose, path_table
+from vidtta.engine import choose, measure_paths, path_table
 from vidtta.engine.choices import TORCHS_OWN, WORKS, Choices, Way, allowed_ways, describe_choices, put_in_force
 from vidtta.engine.cluster.attempts import MEMORY
 from vidtta.engine.errors import UserError
@@ -56,7 +56,7 @@ def plain(lab):
 @pytest.fixture
 def plain_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     """The autoencoder stays on the plain path, whatever is chosen."""
-    for module in (choices_module, choose):
+    for module in (choices_module, measure_paths):
         monkeypatch.setattr(module, "use_vae_way", lambda vae, way: None)
 
 
@@ -123,7 +123,7 @@ def test_which_kinds_of_work_matter_to_a_run():
 def test_ways_are_measured_against_the_plain_path_and_what_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch):
     experiment = tiny_experiment()
     for work in ("training", "sampling"):
-        rows = choose.measure_ways(experiment, work, ("plain", "compile"), None, None)
+        rows = measure_paths.measure_ways(experiment, work, ("plain", "compile"), None, None, LoRA(rank=4))
         assert [row["way"] for row in rows] == ["plain", "compile"]
         assert all(row["milliseconds"] > 0 and row["distance"] < 1e-5 for row in rows), rows
     forward = Layer.forward
@@ -132,12 +132,34 @@ def test_ways_are_measured_against_the_plain_path_and_what_is_wrong_is_refused(m
         return forward(self, *inputs) * (1.01 if torch.compiler.is_compiling() else 1.0)
 
     monkeypatch.setattr(Layer, "forward", off)
-    (row,) = choose.measure_ways(experiment, "features", ("compile",), None, None)
+    (row,) = measure_paths.measure_ways(experiment, "features", ("compile",), None, None, LoRA())
     assert "from the plain path, allowed 0.001" in row["refused"] and "milliseconds" not in row
     settings = ModelSettings(kernels="compile")
     with pytest.raises(UserError, match=r"model\.kernels was compile .* cannot run here for features \(compile: Arith"):
         choose._pick(settings, "features", ("compile",), [row])
     assert experiment.dit.paths is None and not experiment.vae.fast
+
+
+def test_what_the_table_names_is_tried_and_where_it_is_wrong_all_are_measured(monkeypatch: pytest.MonkeyPatch):
+    experiment, said, broken = tiny_experiment(), [], []
+
+    def measured(experiment: Any, work: Any, ways: Any, *rest: Any) -> list[dict[str, Any]]:
+        times = {"plain": 3.0, "triton": 2.0, "compile": 1.0}
+        rows = [{"work": work, "way": way, "milliseconds": times.get(way, 9.0)} for way in ways if way not in broken]
+        return rows + [{"work": work, "way": way, "refused": "far off"} for way in ways if way in broken]
+
+    monkeypatch.setattr(choose, "measure_ways", measured)
+    monkeypatch.setattr(choose, "fastest_known", lambda experiment, work, ways: ("triton", "fastest in a bench"))
+    monkeypatch.setattr(choose, "allowed_ways", lambda settings, work, gpu: ("plain", "compile", "triton"))
+    arguments = (Choices(training=None, features=None, sampling=None, vae=None, why={"attention": ""}), ModelSettings())
+    found, rows = choose._complete(*arguments, experiment, WORKS, LoRA(), said.append)
+    assert {found.way(work) for work in WORKS} == {"triton"} and set(found.why.values()) == {"", "fastest in a bench"}
+    assert len(rows) == 4 and said[0] == "trying triton for training, fastest in a bench"
+    broken.append("triton")
+    found, rows = choose._complete(*arguments, experiment, ("sampling", "vae"), LoRA(), said.append)
+    assert (found.training, found.features, found.sampling, found.vae) == (None, "compile", "compile", "compile")
+    assert found.why["vae"] == "measured here, fastest" and len(rows) == 8
+    assert found.why["features"] == "as sampling, nothing is fitted there"
 
 
 def test_the_fastest_that_ran_is_taken():
@@ -207,7 +229,8 @@ def test_clips_of_five_caption_lengths_compile_nothing_anew(lab):
     assert len(fast) == 10 and len(lengths) == 5
     for arm in ("baseline", "lora"):
         costs = [lab.result("lengths", arm, f"clip{n}")["cost"] for n in range(2, 7)]
-        assert [cost["graphs"] > 0 for cost in costs] == [True, *[False] * 4], costs
+        assert [cost["graphs"] for cost in costs[1:]] == [0] * 4, costs
+        assert (costs[0]["graphs"] > 0) == (arm == "lora")  # the baseline's were made when the path was tried
         assert not any(cost["graph_breaks"] for cost in costs)
     for result in fast.values():
         assert result["paths"]["why"]["sampling"] == "the recipe" and result["paths"]["vae"] == "compile"
@@ -237,7 +260,7 @@ def test_the_first_of_several_tasks_chooses_for_all(lab, monkeypatch: pytest.Mon
 
     def chosen(**more: Any) -> Choices:
         return choose.choose_paths(
-            more.get("settings", settings), experiment, tmp_path, works=("sampling", "vae"),
+            more.get("settings", settings), experiment, tmp_path, methods=[NoAdaptation()], diagnostics=False,
             describe=lambda c: {"device": "cpu (here)", **c.to_json()},
         )  # fmt: skip
 
