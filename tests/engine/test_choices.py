@@ -218,12 +218,16 @@ def test_paths_follow_the_work(monkeypatch: pytest.MonkeyPatch):
         assert ran == [path], name
 
 
-def test_clips_of_five_caption_lengths_compile_nothing_anew(lab):
-    """The count is in each result; the paths are in the results, in choices.json and in the summary."""
+def test_clips_of_five_caption_lengths_compile_nothing_anew(lab, monkeypatch: pytest.MonkeyPatch):
+    """The count is in each result; the paths are in the results, in choices.json and in the summary. Memory runs out on one clip, which is
+    tried again on the same path."""
     rows = [f"clip{n},{lab.root}/clips/ball.mp4,{' '.join(['word'] * n)}" for n in range(2, 7)]
     (lab.root / "lengths.csv").write_text("\n".join(["id,path,caption", *rows]) + "\n")
     sections = {"data": {**lab.settings["data"], "clips": str(lab.root / "lengths.csv")}, "prompt": {"aesthetic": None}}
+    assert lab.run("slow", "data.limit=1", **sections) == 0
+    calls = failing(monkeypatch, torch.OutOfMemoryError("no"), 1, clip="clip4")
     assert lab.run("lengths", "model.kernels=compile", **sections) == 0
+    assert calls == [False, True]
     fast = lab.results("lengths")
     lengths = {r["made_from"]["caption"] for r in fast.values()}
     assert len(fast) == 10 and len(lengths) == 5
@@ -234,6 +238,10 @@ def test_clips_of_five_caption_lengths_compile_nothing_anew(lab):
         assert not any(cost["graph_breaks"] for cost in costs)
     for result in fast.values():
         assert result["paths"]["why"]["sampling"] == "the recipe" and result["paths"]["vae"] == "compile"
+    for name, slow in lab.results("slow").items():
+        assert fast[name]["scores"]["psnr"]["mean"] == pytest.approx(slow["scores"]["psnr"]["mean"], rel=1e-4)
+        assert fast[name]["keys"]["protocol"] != slow["keys"]["protocol"]
+    assert {name: result["retries"] for name, result in fast.items() if result["retries"]} == {"lora/clip4": [MEMORY]}
     assert fast["lora/clip2"]["adaptation"]["ways"]["lora"] == "one product"
     with (lab.root / "lengths" / "summary.csv").open(newline="") as handle:
         table = [row for row in csv.DictReader(handle) if row["arm"] == "lora"]
@@ -310,19 +318,6 @@ def test_attention_is_measured_at_every_shape_of_a_run(monkeypatch: pytest.Monke
     monkeypatch.setattr(choose, "MEASURED", ("cudnn",))
     found, _, why, _ = choose._attention(ModelSettings(), experiment, WORKS, True, lambda text: None)
     assert found is None and why.startswith("torch's choice, as none of cudnn runs at ")
-
-
-def test_out_of_memory_on_a_fast_path_is_tried_again_on_it(lab, plain, plain_vae, monkeypatch: pytest.MonkeyPatch):
-    words = ("model.kernels=compile", "data.limit=1")
-    assert lab.run("undisturbed", *words) == 0
-    calls = failing(monkeypatch, torch.OutOfMemoryError("no"), 1)
-    assert lab.run("memory", *words) == 0
-    assert calls == [False, True]
-    again, once = lab.results("memory")["lora/ball"], lab.results("undisturbed")["lora/ball"]
-    assert once["scores"]["psnr"]["mean"] == pytest.approx(plain["lora/ball"]["scores"]["psnr"]["mean"], rel=1e-4)
-    assert once["keys"]["protocol"] != plain["lora/ball"]["keys"]["protocol"]
-    assert again["retries"] == [MEMORY] and again["paths"] == once["paths"]
-    assert again["generated"] == once["generated"] and again["adaptation"] == once["adaptation"]
 
 
 @interpreted
