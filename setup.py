@@ -25,6 +25,8 @@ setup(
             "models/embedded/*",
             "models/embedded/*/*",
             "models/published_keys.json",
+            "models/paths.md",
+            "path_table.json",
             "prepare/ucf101_captions.txt",
             "prepare/README.md",
             "report/README.md",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
+from ..models.paths import method_path
 from ..models.stdit3 import STDiT3
-from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
 
@@ -42,7 +43,8 @@ class FullAdapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
-        self.masters = Masters(list(self.trained.values()), fused=model.paths is not None)
+        self.masters = Masters(list(self.trained.values()), fused=method_path(model) != "plain")
+        self.ways = {"optimizer": describe_steps(self.masters, settings)}
         self.fisher: Fisher | None = None
         self.trace = Trace()
 

@@ -20,9 +20,10 @@ from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Task
 from ..models.attention import TextStates
 from ..models.lora_linear import LoRALinear
+from ..models.paths import method_path, raise_if_strict
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
-from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
 
@@ -86,15 +87,22 @@ class LoRAAdapter:
         self.cut = len(layers) - count
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
+        fast = method_path(model) != "plain"
+        self.extends = fast and settings.rank <= MAX_RANK
+        why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
+        if fast and not self.extends:
+            raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for index in range(self.cut, len(layers)):
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters(
-            [p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None
-        )
+        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
+        self.ways = {
+            "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
+            "optimizer": describe_steps(self.masters, settings),
+        }
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.restore()
@@ -109,7 +117,7 @@ class LoRAAdapter:
                 f"rank must be at most {min(base.in_features, base.out_features)} for {target}, was {rank}"
             )
         adapter = LoRALinear(base, rank, self.settings.alpha)
-        if self.model.paths is not None and rank <= MAX_RANK:
+        if self.extends:
             adapter.extend()
         setattr(parent, name, adapter)
         self._slots.append((parent, name, base))

@@ -134,8 +134,7 @@ def optimize(
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
     trace = Trace() if trace is None else trace
     penalties = Penalties(settings, start, fisher) if settings.l2 or settings.ewc else None
-    # A penalty adds to float32 gradients of all parameters, which the fused steps never have at once.
-    fused = masters.fused and penalties is None
+    fused = takes_fused_steps(masters, settings)
     optimizer = FusedAdamW(masters, settings) if fused else PlainAdamW(masters, settings, penalties)
     best = None
     if settings.early_stopping:
@@ -174,6 +173,18 @@ def optimize(
         for tensor in (*masters.tensors, *masters.parameters):
             tensor.grad = None
     return trace
+
+
+def takes_fused_steps(masters: Masters, settings: AdamW) -> bool:
+    """Whether `optimize` steps by FusedAdamW. A penalty adds to float32 gradients of all parameters, which that never has at once."""
+    return masters.fused and not (settings.l2 or settings.ewc)
+
+
+def describe_steps(masters: Masters, settings: AdamW) -> str:
+    """Which optimizer `optimize` takes, for the record."""
+    if takes_fused_steps(masters, settings):
+        return "torch's fused AdamW, a few parameters at a time"
+    return "torch's AdamW" + (" (the fused one takes no penalty)" if masters.fused else "")
 
 
 class PlainAdamW:
