@@ -18,6 +18,8 @@ from ..engine.window import Window
 from ..kernels.attention import Choice
 from ..kernels.windows import Grid
 from .stopwatch import Stopwatch
+from .timing import Ceilings
+from .work import Work
 
 LENGTHS = (17, 60, 101, 203, 300)
 """Caption lengths in tokens, over which nothing may compile anew."""
@@ -47,6 +49,20 @@ class Scene:
     def known(self) -> Known:
         return Known("bench", encode_known(self.experiment.vae, self.pixels, self.experiment.window), self.caption())
 
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """Measured once, in this run."""
+        return self.watch.ceilings()
+
+    def rates(self, milliseconds: float, work: Work) -> dict[str, Any]:
+        """The declared work, GB/s and TFLOP/s, and their shares of this run's ceilings."""
+        return self.ceilings.figures(milliseconds, *work)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of the networks."""
+        return self.experiment.dit.dtype.itemsize
+
     def caption(self, length: int | None = None) -> Caption:
         channels = self.experiment.dit.config.caption_channels
         generator = torch.Generator().manual_seed(length or self.length)
@@ -72,6 +88,19 @@ class Scene:
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]
+
+
+def describe_path(paths: Paths | None) -> str:
+    """Which code computes the layers, in a few words."""
+    if paths is None:
+        return "plain PyTorch"
+    parts = ["Triton kernels" if paths.kernels == "triton" else "plain code"]
+    parts += [f"torch.compile ({paths.compiler})"] if paths.compiled else ["not compiled"]
+    if paths.attention is not None:
+        chosen = sorted({*paths.attention.forward.values(), *paths.attention.training.values()})
+        parts.append(f"attention {paths.attention.pinned or '/'.join(chosen)}")
+    parts += ["gelu in the product"] if paths.gelu_in_product else []
+    return ", ".join(parts)
 
 
 def real_scene(device: torch.device) -> Scene:
