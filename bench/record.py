@@ -144,13 +144,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-def join(files: Sequence[Path], out: Path) -> None:
-    """One file of several suites' files, each row naming its suite; the environment is the first one's."""
+def add(path: Path, row: Row) -> None:
+    """Add a row without a time to a file."""
+    held = json.loads(path.read_text())
+    write_json(path, held | {"rows": [*held["rows"], row]})
+
+
+def join(files: Sequence[Path], out: Path, suite: str = "all") -> None:
+    """One file of several, each row naming its suite; the environment is the first one's."""
     held = [json.loads(file.read_text()) for file in files]
     if held:
         rows = [row | {"suite": one["suite"]} for one in held for row in one["rows"]]
         entries = [entry for one in held for entry in one["benchmarks"]]
-        write_json(out, held[0] | {"suite": "all", "benchmarks": entries, "rows": rows})
+        write_json(out, held[0] | {"suite": suite, "benchmarks": entries, "rows": rows})
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ Row = dict[str, Any]
 WIDTH = 36
 
 
+class Absent(Exception):
+    """Something that a row needs cannot be had here. The message is one sentence: what is missing, and how to get it."""
+
+
 def parser(module: str, doc: str | None, minutes: float) -> argparse.ArgumentParser:
     """The command line of a suite. minutes: how long by default, after which no further row starts."""
     made = argparse.ArgumentParser(prog=f"python -m vidtta.bench.{module}", description=(doc or "").splitlines()[0])
@@ -28,7 +32,7 @@ def add_arguments(made: argparse.ArgumentParser, minutes: float | None = None) -
     """The options that every suite has."""
     made.add_argument("--out", type=Path, metavar="FILE", help="write what was measured as JSON, after each row")
     made.add_argument(
-        "--only", "--rows", dest="only", nargs="+", metavar="NAME", help="rows whose name begins so; all by default"
+        "--only", "--rows", dest="only", nargs="+", metavar="NAME", help="these rows, or all whose name begins so"
     )
     made.add_argument("--minutes", type=float, default=minutes, metavar="M", help="start no further row after this")
     made.add_argument(
@@ -39,8 +43,10 @@ def add_arguments(made: argparse.ArgumentParser, minutes: float | None = None) -
 
 
 def chosen(names: Sequence[str], only: Sequence[str] | None) -> list[str]:
-    """Names that begin with one of `only`, in their order."""
-    return [name for name in names if not only or any(name.startswith(prefix) for prefix in only)]
+    """Those that `only` names, in their order: a whole name stands for itself, another word for all names that begin so."""
+    exact = {word for word in only or () if word in names}
+    beginnings = [word for word in only or () if word not in exact]
+    return [name for name in names if not only or name in exact or any(name.startswith(word) for word in beginnings)]
 
 
 def run(
@@ -62,6 +68,8 @@ def run(
         else:
             try:
                 row |= rows[name](scene)
+            except Absent as error:
+                row["absent"] = str(error)
             except Exception as error:  # each row has ways of its own to fail, and the others must run
                 row["error"] = reason(error)
                 row["where"] = traceback.format_exc(limit=-4)[-1500:]
