@@ -61,21 +61,12 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
     """One evaluation of the guidance branches: a sampling step."""
 
     def run(scene: Scene) -> Row:
-        _, C, K, h, w = scene.known.latents.shape
+        _, C, _, h, w = scene.known.latents.shape
         T = scene.experiment.window.latent_frames
         z = torch.randn(1, C, T, h, w, generator=torch.Generator().manual_seed(2)).to(scene.device)
         t = torch.tensor(600.0, device=scene.device)
-
-        def denoiser(length: int) -> Denoiser:
-            given = torch.zeros(1, C, T, h, w, dtype=scene.known.latents.dtype, device=scene.device)
-            mask = torch.zeros_like(given)
-            given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
-            dit = scene.experiment.dit
-            geometry = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K)))
-            return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
-
         with on(scene, path), torch.no_grad():
-            step = denoiser(scene.length)
+            step = denoiser_of(scene, scene.length)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
             row |= compared(scene, f"sampling {branches}", torch.cat(found))
             config, size = scene.experiment.dit.config, scene.size
@@ -84,11 +75,22 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
             before = scene.watch.graphs()
             if path != "eager":
                 for length in scene.lengths:
-                    denoiser(length)(z, t, all_branches=branches == 3)
+                    denoiser_of(scene, length)(z, t, all_branches=branches == 3)
                 row |= {"caption_lengths": list(scene.lengths), **scene.watch.graphs(before)}
         return row
 
     return run
+
+
+def denoiser_of(scene: Scene, length: int) -> Denoiser:
+    """The network of the scene's clip with a caption of this length, its known latents given."""
+    _, C, K, h, w = scene.known.latents.shape
+    T, dit = scene.experiment.window.latent_frames, scene.experiment.dit
+    given = torch.zeros(1, C, T, h, w, dtype=scene.known.latents.dtype, device=scene.device)
+    mask = torch.zeros_like(given)
+    given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
+    geometry = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K)))
+    return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
 
 
 def compared(scene: Scene, kind: str, found: Tensor) -> Row:
