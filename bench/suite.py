@@ -98,10 +98,10 @@ def reason(error: BaseException) -> str:
 
 
 HEADER = f"{'row':{WIDTH}} {'ms':>10} {'first s':>8} {'GiB':>6} {'GB/s':>6} {'of copy':>8} {'TFLOP/s':>8} {'of product':>10}  more"
-COLUMNS = {"milliseconds", "ms", "first_s", "peak_gib", "gb_per_s", "share_of_copy", "tflop_per_s", "share_of_product"}
 SHOWN = (
-    "distance_from_eager", "against", "ratio", "graphs_more", "breaks_more", "restore_ms", "ms_a_draw", "loop_s", "seconds",
-    "psnr", "ssim", "temporal_error", "psnr_to_exact", "inference_speedup_from_cached_activations", "peer", "path",
+    "distance_from_eager", "against", "ratio", "clips", "graphs_first", "graphs_more", "breaks_more", "restore_ms",
+    "ms_a_draw", "loop_s", "seconds", "psnr", "ssim", "temporal_error", "psnr_to_exact",
+    "inference_speedup_from_cached_activations", "peer", "path",
 )  # fmt: skip
 """What else a line tells, where the row has it."""
 
