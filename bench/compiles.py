@@ -8,7 +8,6 @@ by the engine's own functions, with latents, noise and a caption of its own. `gr
 `graphs_more` and `breaks_more` what the others add; `ms` is the median of a clip after the first.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -89,8 +88,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.clips < 2:
         parser.error(f"--clips should be at least 2, was {arguments.clips}")
-    if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     known = rows(arguments.clips)
     names = suite.chosen(list(known), arguments.only)
     if arguments.list:

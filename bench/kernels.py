@@ -13,7 +13,6 @@ takes the GPU's context down is recorded and the rest still run.
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -385,8 +384,6 @@ def main() -> None:
     arguments.seconds = arguments.seconds or 60 * arguments.minutes
     if arguments.child:
         sys.exit(child(arguments))
-    if arguments.check or arguments.list:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
     def save(result: Row) -> None:
         if arguments.out and result["environment"]:

@@ -155,8 +155,6 @@ def main() -> None:
     parser.add_argument("--caches", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     if arguments.child:
         child(arguments)
         return

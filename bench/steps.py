@@ -10,7 +10,6 @@ and the next one starts; the file is written after each. `--rows` takes beginnin
 """
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +31,6 @@ def run(scene: "Scene", names: list[str], seconds: float, write: Any = lambda ro
 
 def main() -> None:
     arguments = suite.parser("steps", __doc__, minutes=6.0).parse_args()
-    if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     from .step_rows import ROWS
     from .step_scene import real_scene, small_scene
 

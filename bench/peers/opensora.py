@@ -8,8 +8,6 @@ L2 norm; a row beyond has no time. The first row of a kind is the official one; 
 opensora (branch opensora/v1.3) cannot be imported, the one row says why.
 """
 
-import os
-
 import torch
 
 from .. import record, suite
@@ -18,8 +16,6 @@ from ..suite import Absent
 
 def main() -> None:
     arguments = suite.parser("peers.opensora", __doc__, minutes=6.0).parse_args()
-    if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     from .official import load
     from .opensora_rows import ROWS, Pair
 

@@ -7,7 +7,6 @@ peft's A and B are given the values of ours, B not zero, and the loss and every 
 timed. `ratio` is how many times longer peft took than the row.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -169,8 +168,6 @@ ROWS = {f"peft lora step {who}": step_row(who) for who in ("peft", "eager", "fus
 
 def main() -> None:
     arguments = suite.parser("peers.peft", __doc__, minutes=4.0).parse_args()
-    if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     names = suite.chosen(list(ROWS), arguments.only)
     if arguments.list:
         print("\n".join(names))
