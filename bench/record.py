@@ -49,7 +49,7 @@ def timed(row: Row) -> Iterator[tuple[str, Row]]:
     if "row" in row and "ms" in row:
         yield row["row"], row
     for name in ("forward", "backward"):
-        if isinstance(found := row.get(name), Mapping):
+        if isinstance(found := row.get(name), dict):
             about = {key: row[key] for key in row if key not in ("forward", "backward")}
             yield f"{row['op']} {row['shape']} {row['impl']} {name}", about | found | {"ms": found["milliseconds"]}
     for found in row.get("backends", ()):

@@ -119,7 +119,8 @@ def training(
     def run(scene: Scene) -> Row:
         experiment = replace(scene.experiment, adaptation=adaptation or scene.experiment.adaptation)
         with on(scene, path), patched_budget(budget):
-            adapter = method.attach(experiment.dit, 0)
+            few = {"steps": scene.training_steps} if scene.training_steps else {}
+            adapter = replace(method, **few).attach(experiment.dit, 0)  # type: ignore[type-var]
             try:
                 row, trace = scene.watch.steps(
                     lambda tick: adapter.adapt(task_of(experiment, scene.known), tick), adapter.restore
@@ -302,6 +303,7 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
                 if not pixels.isfinite().all():
                     raise ArithmeticError("the decoded frames are not finite")
                 row = {"seconds": seconds, "ms": 1e3 * sum(seconds.values()), "peak_gib": scene.watch.peak()}
+                row["path"] = f"{describe_path(scene.paths(path))}; VAE channels {order}"
             finally:
                 adapter.detach()
                 use_plain(experiment.vae)

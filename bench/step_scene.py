@@ -37,6 +37,8 @@ class Scene:
     lengths: tuple[int, ...] = LENGTHS
     length: int = LENGTH
     delta_steps: int = 100
+    training_steps: int | None = None
+    """Steps of a training row; its own number by default."""
     choice: Choice | None = None
     truth: dict[str, Any] = field(default_factory=dict)
     """What the first row of a kind computed, which the others are held against."""
@@ -119,7 +121,8 @@ def small_scene(device: torch.device) -> Scene:
         device, config, VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), (16, 32), torch.float32,
         Stopwatch(device, 2),
     )  # fmt: skip
-    scene.compiler, scene.lengths, scene.length, scene.delta_steps = "aot_eager", (3, 5, 8), 4, 5
+    scene.compiler, scene.lengths, scene.length = "aot_eager", (3, 8), 4
+    scene.delta_steps = scene.training_steps = 3
     return scene
 
 

@@ -72,13 +72,13 @@ def row_of(shape: Any, training: bool) -> Callable[[Bench], Row]:
 
         q, k, v, dout = rand(shape.queries), rand(shape.keys), rand(shape.keys), rand(shape.queries).detach()
 
-        def step(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *qkv: Tensor, dout: Tensor = dout) -> list[Tensor]:
+        def step(attend: Callable[..., Tensor], *qkv: Tensor, dout: Tensor = dout) -> list[Tensor]:
             with torch.set_grad_enabled(training):
                 out = attend(*qkv)
             return [out.detach(), *(torch.autograd.grad(out, qkv, dout) if training else ())]
 
         wide = [t[:1].detach().float().requires_grad_(training) for t in (q, k, v)]
-        truth = step(lambda *t: ours(*t, "math"), *wide, dout=dout[:1].float())
+        truth = step(lambda *t: ours(*t, backend="math"), *wide, dout=dout[:1].float())
         found = step(bench.attend, q, k, v)
         errors = [((a[:1].float() - b).norm() / b.norm()).item() for a, b in zip(found, truth, strict=True)]
         if not max(errors) <= LARGEST_ERROR:
@@ -91,7 +91,7 @@ def row_of(shape: Any, training: bool) -> Callable[[Bench], Row]:
         for name in OURS:
             try:
                 fastest[name] = bench.timer.measure(
-                    lambda name=name: lambda: step(lambda *t: ours(*t, name), q, k, v)
+                    lambda name=name: lambda: step(lambda *t: ours(*t, backend=name), q, k, v)
                 ).milliseconds
             except RuntimeError as error:
                 row[f"{name}_refused"] = suite.reason(error)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.models.stdit3 import STDiT3Config
-from ...engine.models.vae import CHUNK_FRAMES, VAEConfig
+from ...engine.models.stdit3 import STDiT3Config as DiTSizes
+from ...engine.models.vae import CHUNK_FRAMES
+from ...engine.models.vae import VAEConfig as VAESizes
 from ..suite import Absent
 from . import need, version_of
 from .sdpa import put_in_place
@@ -45,9 +46,7 @@ class Official:
     VAEConfig: Any
     layernorm_kernel: bool
 
-    def dit(
-        self, config: STDiT3Config, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
+    def dit(self, config: DiTSizes, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
         """STDiT3 of these sizes with v1.3's inference settings; every name and shape of `state` must be the model's own."""
         with device:
             model = self.STDiT3(
@@ -65,7 +64,7 @@ class Official:
         return model
 
     def vae(
-        self, config: VAEConfig, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, tile: int | None
+        self, config: VAESizes, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, tile: int | None
     ) -> nn.Module:
         """The VAE with v1.3's inference settings. tile: its convolutions are split into tiles of this size; None: they are not."""
         shared = {

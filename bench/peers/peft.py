@@ -41,7 +41,7 @@ def inject(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
         raise Absent(f"peft {version_of('peft')} cannot be imported: {error}; {INSTALL}") from error
 
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["attn.qkv", "attn.proj"], lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=int(alpha), target_modules=["attn.qkv", "attn.proj"], lora_dropout=0.0)
     inject_adapter_in_model(config, model)
     found = [p for name, p in model.named_parameters() if "lora_" in name]
     for parameter in found:

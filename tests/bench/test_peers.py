@@ -78,7 +78,8 @@ def test_attention_in_the_place_of_missing_packages():
         apart = torch.einsum("bhnl,blhd->bnhd", logits.softmax(-1), v[:, keys])
         torch.testing.assert_close(together[:, rows], apart)
     causal = sdpa.flash_attn_func(q, k, v, softmax_scale=0.1, causal=True)
-    other = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, scale=0.1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    other = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.1)
     torch.testing.assert_close(causal, other.transpose(1, 2))
 
 

@@ -35,8 +35,8 @@ class STDiT3(ours.STDiT3):
 
     def forward(
         self,
-        x, timestep, y, mask=None, x_mask=None, fps=None, height=None, width=None, cond=None, cond_mask=None,
-        mask_index=None, y_null=None, text_uncond_prob=None, **kwargs: Any,
+        x, timestep, y, mask: Any = None, x_mask=None, fps: Any = None, height: Any = None, width: Any = None, cond: Any = None,
+        cond_mask: Any = None, mask_index=None, y_null: Any = None, text_uncond_prob=None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         assert x_mask is None and mask_index and cond.dtype == self.dtype
         B, valid = x.shape[0], int(mask.sum())

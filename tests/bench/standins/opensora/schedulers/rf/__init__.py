@@ -21,7 +21,7 @@ class RFLOW:
     def sample(
         self,
         model, text_encoder, z, prompts, device, additional_args=None, mask=None, guidance_scale=None, image_cfg_scale=None,
-        progress=True, neg_prompts=None, z_cond=None, z_cond_mask=None, mask_index=None, use_sdedit=False,
+        progress=True, neg_prompts=None, z_cond=None, z_cond_mask: Any = None, mask_index=None, use_sdedit=False,
         use_oscillation_guidance_for_text=None, use_oscillation_guidance_for_image=None,
     ) -> Tensor:  # fmt: skip
         assert additional_args is not None and z_cond is not None and use_sdedit and mask_index
