@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .adaptation import AdaptationSettings
 from .arms import PLACEBOS
+from .gate import check_gates
 from .methods import Delta, DeltaClosedForm
 from .methods import adapts as method_adapts
 from .search import check_search
@@ -95,6 +96,8 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
         found.append((("placebos",), f"would make an arm named {clash[0]!r}, which arms already has; rename that arm"))
     if why := check_search(recipe):
         found.append((("search",), why))
+    if why := check_gates(recipe):
+        found.append((("gate",), why))
     return found
 
 

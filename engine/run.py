@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
@@ -20,12 +19,14 @@ from .continual import Carried
 from .data.clips import Clip, clip_hash, list_clips
 from .data.prepared import check_prepared
 from .data.read import read_clip
-from .data.video import to_model, to_uint8, write_video
+from .data.video import to_model
 from .diagnostics import Curves, HeldOut
 from .errors import Interrupted, MachineFailed, UserError
-from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors
+from .files import remove_abandoned, sha256_json, sha256_tensor, write_json
 from .fisher import prepare_fisher, validation_clips
+from .gate import SEEN, Decision, decide
 from .methods import adapts
+from .methods.none import NoAdapter
 from .methods.protocol import Adapter, GradientAdapter
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
@@ -35,7 +36,7 @@ from .models.stdit3 import Caption
 from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
-from .records import write_failure, write_head
+from .records import write_failure, write_head, write_kept
 from .references import means
 from .rundir import RunDirectory, check_paired, clip_settings
 from .search import confirmation, raise_unless_disjoint, summarise, trajectories
@@ -149,6 +150,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, pl
             f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
         )
     raise_unless_disjoint(session)
+    _ = session.gates  # a predictor that does not fit its arm is said here
     return session
 
 
@@ -310,10 +312,16 @@ def run_clip(
     with timed(seconds, "read", device):
         shown = read(session, clip)
     latents, seconds["encode"] = session.known_latents(clip, shown.content, shown.pixels)
+    known = Known(clip.id, latents, captions[clip.id].to(device))
+    decision = decide(session, arm, clip, shown.content, shown.frames, known, adapter)
+    if decision and not decision.adapted:
+        with adapter.suspended():
+            outcome = continue_clip(session.experiment, known, NoAdapter(), progress=progress)
+        return record(session, arm, clip, shown, seconds, None, retries, outcome, decision)
     other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
     outcome = continue_clip(
         session.experiment,
-        Known(clip.id, latents, captions[clip.id].to(device)),
+        known,
         adapter,
         adapt_on=other,
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
@@ -326,7 +334,7 @@ def run_clip(
         },
         progress=progress,
     )
-    return record(session, arm, clip, shown, seconds, curves, retries, outcome)
+    return record(session, arm, clip, shown, seconds, curves, retries, outcome, decision)
 
 
 def record(
@@ -338,11 +346,16 @@ def record(
     curves: Curves | None,
     retries: tuple[str, ...],
     outcome: Outcome,
+    decision: Decision | None = None,
 ) -> dict[str, Any]:
     """Score what a method made of a clip and write it; returns the result. seconds: of reading and encoding;
-    retries: why it was tried again."""
+    retries: why it was tried again; decision: the gate's."""
     window, pixels = session.recipe.window, shown.pixels
     seconds |= outcome.seconds
+    marks = [*session.marks, *([CONTINUAL] if session.continual(arm) else [])]
+    if decision:
+        seconds["adapt"] += decision.seconds
+        marks += [SEEN] if decision.seen else []
     with timed(seconds, "score", session.models.dit.device):
         scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
     session.write_references(clip, shown.content, pixels)
@@ -356,7 +369,7 @@ def record(
         "arm": arm,
         **clip_settings(clip),
         "meta": clip.meta,
-        "marks": [*session.marks, *([CONTINUAL] if session.continual(arm) else [])],
+        "marks": marks,
         "warnings": [*session.warnings],
         "retries": [*retries],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
@@ -368,6 +381,7 @@ def record(
         "made_from": made_from,
         "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
+        **({"gate": decision.describe()} if decision else {}),
         "scores": scores,
         **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
         "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
@@ -381,20 +395,11 @@ def record(
     return result
 
 
-def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
-    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
-    folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
-    if "video" in keep:
-        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
-        write_video(folder / "video.mp4", video, window.fps)
-    for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
-        if name in keep and tensors:
-            write_tensors(folder / f"{name}.safetensors", tensors)
-
-
 def _line(arm: str, clip_id: str, result: dict[str, Any]) -> str:
-    scores, cost = result["scores"], result["cost"]["seconds"]
+    scores, cost, gate = result["scores"], result["cost"]["seconds"], result.get("gate")
+    foreseen = f"  foreseen {gate['predicted']:+.2f} dB: {'' if gate['adapted'] else 'not '}adapted" if gate else ""
     return (
         f"{arm}  {clip_id}  PSNR {scores['psnr']['mean']:.2f} dB  SSIM {scores['ssim']['mean']:.4f}  "
         f"adapt {cost['adapt']:.1f} s  sample {cost['sample']:.1f} s"
+        f"{foreseen}"
     )
