@@ -35,7 +35,7 @@ def arms_of(recipe: "Recipe") -> dict[str, Arm]:
         for name, method in recipe.arms.items()
         if not recipe.search or name != recipe.search.arm
     ]
-    if recipe.search:
+    if recipe.search and recipe.search.sampler == "grid":
         grid = cells(recipe.search, recipe.arms[recipe.search.arm])
         arms += [Arm(name, method) for name, (_, method) in grid.items()]
     arms += [

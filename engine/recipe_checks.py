@@ -54,6 +54,21 @@ UNREAD = [
         lambda r: not (r.sampler.oscillate_text or r.sampler.oscillate_image),
         "with sampler.oscillate_text and sampler.oscillate_image off every step guides",
     ),
+    *(
+        Unread(
+            ("search", name),
+            ("search.sampler",),
+            lambda r: r.search is not None and r.search.sampler == "grid",
+            "with search.sampler: grid every combination runs on every clip",
+        )
+        for name in ("trials", "startup_trials", "prune_p", "prune_after")
+    ),
+    Unread(
+        ("search", "snapshots"),
+        ("search.sampler",),
+        lambda r: r.search is not None and r.search.sampler == "optuna",
+        "Optuna's trials run one by one",
+    ),
 ]
 
 

@@ -1,7 +1,7 @@
 """A recipe, run: every arm on every clip, each result on disk before the next clip begins."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from .cluster.machine import NO_SPACE, system_errors_told
 from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
 from .continual import Carried
-from .data.clips import Clip, clip_hash, list_clips
+from .data.clips import Clip, clip_hash
 from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model
@@ -41,8 +41,10 @@ from .references import means
 from .rundir import RunDirectory, check_paired, clip_settings
 from .search import confirmation, raise_unless_disjoint, summarise, trajectories
 from .session import Session
+from .split import clips_of
 from .stop import StopFlag, stop_flag
-from .summary import Row, marks_of, print_summary, write_comparisons, write_summary
+from .study import run_study, trials_left
+from .summary import marks_of, print_summary, write_comparisons, write_last_summary, write_summary
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -71,6 +73,9 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         print("\n".join(plan_lines(session, todo, trained)), flush=True)
     failed = 0
     clips = sum(map(len, todo.values()))
+    optuna = recipe.search is not None and recipe.search.sampler == "optuna"
+    if optuna:
+        clips += trials_left(session, place, batch_start, batch_end) * len(session.clips)
     with (
         system_errors_told(directory.root),
         stop_flag() as stop,
@@ -86,6 +91,14 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         try:
             for group in trajectories(recipe, arms):
                 failed += run_arms(session, group, todo, progress, presence, stop)
+            trials = []
+            if optuna:
+                trials = run_study(
+                    session,
+                    lambda one, arm, clips, halt: run_arms(one, [arm], {arm: clips}, progress, presence, stop, halt),
+                    progress.say,
+                )
+                arms += dict.fromkeys(trial["arm"] for trial in trials)
             for sentence in write_comparisons(
                 directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
             ):
@@ -94,10 +107,11 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             write_summary(directory, session.listed, arms)
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
             return reason.exit_status
-        rows = write_last_summary(session)
-        searched = summarise(session) if recipe.search else None
+        rows = write_last_summary(directory, session.listed, arms)
+        searched = summarise(session, trials) if recipe.search else None
+    shown = [arm for arm in arms if arm not in {trial["arm"] for trial in trials if trial["state"] != "complete"}]
     if not quiet:
-        print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
+        print_summary(rows, shown, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
@@ -111,14 +125,6 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     return 1 if failed else 0
 
 
-def write_last_summary(session: Session) -> list[Row]:
-    """Write the summary; again where tasks finished clips meanwhile, so that the last of several that end at once has them all."""
-    directory, before = session.directory, -1
-    while before != (before := directory.count_results()):
-        rows = write_summary(directory, session.listed, list(session.arms))
-    return rows
-
-
 def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, place: Place) -> Session:
     """List the clips and load the models; whatever is missing for the whole run is said here, before the first clip."""
     from .recipe import warnings
@@ -128,7 +134,7 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, pl
         raise UserError(
             f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
         )
-    clips = list_clips(recipe.data, Path.cwd())
+    clips = clips_of(recipe)
     chosen = clips[batch_start:batch_end]
     if not chosen:
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
@@ -161,9 +167,10 @@ def run_arms(
     progress: RunProgress,
     presence: Presence,
     stop: StopFlag,
+    halt: Callable[[Clip], bool] = lambda clip: False,
 ) -> int:
     """One method on its clips, or several that share its trajectory, from the fewest steps to the most; returns how many results
-    failed. Afterwards the network is bit for bit as before.
+    failed. Afterwards the network is bit for bit as before. halt(clip): whether to end before a clip.
     """
     waiting = {arm: {clip.id for clip in todo[arm]} for arm in group if todo[arm]}
     if not waiting:
@@ -194,6 +201,8 @@ def run_arms(
         observer = curves_of(session, arm, step)
         for clip in clips:
             stop.check()
+            if halt(clip):
+                break
             now = [name for name, ids in waiting.items() if clip.id in ids and not session.finished(name, clip)]
             if not now:
                 progress.finished(f"{arm}  {clip.id}  made by another task")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arms import arms_of
-from ..data.clips import list_clips
 from ..errors import UserError
 from ..rundir import RunDirectory
+from ..split import clips_of
 from . import slurm
 from .ranges import LEAD, STARTING, Ranges, limit_text, plan_ranges, seconds_of
 from .status import cost_of, duration
@@ -112,7 +112,7 @@ def plan_stage(name: str, overrides: Sequence[str], wishes: Wishes, largest_arra
     from ..recipe import load_recipe
 
     recipe = load_recipe(name, overrides)
-    clips = list_clips(recipe.data, Path.cwd())
+    clips = clips_of(recipe)
     directory, arms = RunDirectory(Path(recipe.output_dir)), list(arms_of(recipe))
     paths = [[directory.clip(arm, clip.id) / "result.json" for arm in arms] for clip in clips]
     unfinished = [not all(path.exists() for path in row) for row in paths]
