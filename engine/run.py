@@ -15,7 +15,7 @@ from .cluster.attempts import persist
 from .cluster.machine import NO_SPACE, system_errors_told
 from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
-from .continual import Carried
+from .continual import Carried, share_stretches
 from .data.clips import Clip, clip_hash
 from .data.prepared import check_prepared
 from .data.read import read_clip
@@ -135,10 +135,9 @@ def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, pl
             f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
         )
     clips = clips_of(recipe)
-    chosen = clips[batch_start:batch_end]
-    if not chosen:
+    if not clips[batch_start:batch_end]:
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
-    chosen = place.share(chosen)
+    chosen = share_stretches(recipe, clips, batch_start, batch_end, place)
     reason = LPIPS.available()
     if reason and recipe.scores.lpips == "required":
         raise UserError(

@@ -6,7 +6,7 @@ Seconds are those of encoding, adapting, sampling and decoding a clip; reading a
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .arms import PLACEBOS
+from .arms import PLACEBOS, Placebo
 from .files import sha256_json
 from .statistics import PairedDifference, pair_results
 from .statistics.pairing import HIGHER_IS_BETTER, Result
@@ -24,12 +24,12 @@ def method_key(row: "Compared") -> str:
     return sha256_json([settings["method"], settings.get("adaptation"), settings.get("gate")])
 
 
-def placebo_of(row: "Compared") -> str | None:
+def placebo_of(row: "Compared") -> Placebo | None:
     """other_clip or random, None for a method itself."""
     return next((result["settings"].get("placebo") for result in row.pairs.treated.values()), None)
 
 
-def placebos(row: "Compared", compared: Sequence["Compared"]) -> dict[str, "Compared"]:
+def placebos(row: "Compared", compared: Sequence["Compared"]) -> dict[Placebo, "Compared"]:
     """The placebos of an arm that share clips with the baseline, by kind."""
     found = {
         placebo_of(other): other for other in compared if other.pairs.treated and method_key(other) == method_key(row)
@@ -90,7 +90,8 @@ def equal_time_lines(compared: Sequence["Compared"], score: str, name: str) -> I
     for row, spent in timed:
         if spent is None or _kind(row) != "more_sampling" or not adapting:
             continue
-        other, its = min(adapting, key=lambda pair: abs(pair[1] - spent))
+        own = spent
+        other, its = min(adapting, key=lambda pair: abs(pair[1] - own))
         if found := against(other, row, score):
             verdict = "it is worth its time" if beats(found, score) else "it is not shown to be worth its time"
             yield (
