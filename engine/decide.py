@@ -121,9 +121,10 @@ def decide_arm(row: Compared, thresholds: Thresholds, compared: Sequence[Compare
 
 def _beside_placebos(row: Compared, score: str, compared: Sequence[Compared]) -> tuple[bool, list[str]]:
     """Whether an arm that gains does so beyond each of its placebos, and what to say of it."""
-    found = {kind: against(row, placebo, score) for kind, placebo in placebos(row, compared).items()}
+    found = placebos(row, compared)
     better, said = True, []
-    for kind, beside in found.items():
+    for kind, placebo in found.items():
+        beside = against(row, placebo, score)
         if beside is None:
             continue
         said.append(f"against its placebo, {PLACEBOS[kind]}: {beside.text(SCORES[score][1])}")

@@ -57,7 +57,7 @@ def test_a_resumed_run_makes_the_state_again_to_the_bit(lab):
 def test_a_split_that_cuts_through_what_is_carried_is_refused(lab, capsys, monkeypatch):
     capsys.readouterr()
 
-    def refused(*words, reset="never", **sections):
+    def refused(*words, reset: str | int = "never", **sections):
         assert lab.run("split", *words, **{"arms": ONE, "adaptation": {**NEVER, "reset": reset}, **sections}) == 2
         assert not (lab.root / "split").exists()
         return one_sentence(capsys)
