@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .choices import put_in_force
 from .choose import choose_paths
 from .cluster.place import Place
-from .data.clips import list_clips
+from .continual import share_stretches
 from .errors import UserError
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
@@ -16,6 +16,7 @@ from .models.load import load_models
 from .rundir import RunDirectory
 from .search import raise_unless_disjoint
 from .session import Session
+from .split import clips_of
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -33,11 +34,10 @@ def prepare(
         raise UserError(
             f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
         )
-    clips = list_clips(recipe.data, Path.cwd())
-    chosen = clips[batch_start:batch_end]
-    if not chosen:
+    clips = clips_of(recipe)
+    if not clips[batch_start:batch_end]:
         raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
-    chosen = place.share(chosen)
+    chosen = share_stretches(recipe, clips, batch_start, batch_end, place)
     reason = LPIPS.available()
     if reason and recipe.scores.lpips == "required":
         raise UserError(
@@ -55,6 +55,7 @@ def prepare(
             f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
         )
     raise_unless_disjoint(session)
+    _ = session.gates  # a predictor that does not fit its arm is said here
     return _with_paths(session, say)
 
 
