@@ -20,23 +20,26 @@ ABANDONED_AFTER = 3600.0
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with the same suffix; on success it is flushed to disk and takes the place of `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` stays as it was. flush: False for what nothing is decided by and
+    may be lost with the machine's power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        if flush:
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if flush:
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,15 +59,15 @@ def remove_abandoned(folder: Path, now: float | None = None) -> None:
                     path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, flush: bool = True) -> None:
     """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, flush: bool = True) -> None:
     """Write JSON atomically; NaN and infinity are refused (they are not JSON)."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
 def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:

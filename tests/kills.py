@@ -179,7 +179,7 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
 
         return wrapper
 
-    def file_of(path: Path) -> str:
+    def file_of(path: Path, flush: bool = True) -> str:
         return f"writing {path.parent.name if path.parent.name in SHARED else path.name}"
 
     def loaded(*inputs: Any) -> Any:
