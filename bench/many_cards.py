@@ -6,7 +6,7 @@ Run: python -m vidtta.bench.many_cards --cards 1 2 --clips 6 --minutes 9 --out F
 As a run on several cards does it: each process sees one GPU (CUDA_VISIBLE_DEVICES), takes every n-th clip, and writes a
 result a clip into the shared folder; compilers share their caches there, so only the first process compiles. A clip is
 encoded, adapted on (20 steps of LoRA), sampled (30 steps), decoded, hashed and written, on the engine's fast paths. Each process
-makes `--clips` clips after a warm-up of one; time counts from the moment all are warm to the last result, so a straggler counts. The
+makes `--clips` clips after two to warm up; time counts from the moment all are warm to the last result, so a straggler counts. The
 clips are the same for each number of cards, and with `--deterministic` their latents must be, too. Weights and frames are
 random. Not included: reading videos, scoring, writing videos; these share the host's processors and disk, not a GPU.
 """
@@ -166,6 +166,8 @@ def measure(world: int, arguments: argparse.Namespace, folder: Path, deadline: f
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    if arguments.check:
+        environment["TRITON_INTERPRET"] = "1"
     cards = Cards(world, arguments, folder, environment)
     try:
         cards.until_all_say("warm_s", deadline, rows)
