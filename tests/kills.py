@@ -104,7 +104,7 @@ def kill_runs(lab: Lab, kills: int, seed: int) -> Report:
     for output in report.outputs:
         assert lab.run(output) == 0
         compare(lab, output, report)
-    report.doubled += sum(path.exists() and identity(path) != identity for path, identity in finished.items())
+    report.doubled += sum(path.exists() and identity(path) != before for path, before in finished.items())
     report.left_after = len(temporaries(lab))
     report.seconds = time.monotonic() - begun
     return report

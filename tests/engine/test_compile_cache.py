@@ -45,8 +45,10 @@ def compile_at_once(root, tasks):
     """Counters of so many tasks that begin to compile in the same moment."""
     children = [start(root) for _ in range(tasks)]
     for child in children:
+        assert child.stdout
         assert child.stdout.readline() == "ready\n", child.communicate()[1]
     for child in children:
+        assert child.stdin
         child.stdin.write("\n")
         child.stdin.flush()
     said = [child.communicate(timeout=300) for child in children]
