@@ -73,11 +73,10 @@ sys.exit(int(said) if said else {killed})
 
 @dataclass
 class Running:
-    """A forked task. dies: when it is killed, unless it has ended."""
+    """A forked task. dies: the processor time in seconds after which it is killed, unless it has ended."""
 
     dies: float
     place: Any
-    begun: float
 
 
 @dataclass
@@ -88,7 +87,8 @@ class Forks:
     seed: int
     log: str
     whole: float = 0.0
-    """Moments of kills are uniform from a task's start over this many seconds; 0: none is killed."""
+    """Moments of kills are uniform over this many seconds of a task's own processor time: on a machine that others use, too, any
+    part of a task then is as likely as on an idle one. 0: none is killed."""
     left: int = 0
     """Kills that are still to be made."""
     asked: int = 0
@@ -120,8 +120,7 @@ class Forks:
             os._exit(self._run(asked, place, client))
         client.close()
         self.asked += 1
-        begun, wait = time.monotonic(), random.Random(f"{self.seed} {self.asked}").uniform(0, self.whole)
-        self.running[pid] = Running(begun + wait if self.whole else float("inf"), place, begun)
+        self.running[pid] = Running(random.Random(f"{self.seed} {self.asked}").uniform(0, self.whole), place)
 
     def _run(self, asked: dict[str, Any], place: Any, client: socket.socket) -> int:
         os.environ.clear()
@@ -138,9 +137,10 @@ class Forks:
 
     def _look_at(self, pid: int) -> None:
         task = self.running[pid]
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            self.pipe.send(("ended", time.monotonic() - task.begun))
-        elif self.left and time.monotonic() >= task.dies and task.place.value != RUN_ENDED:
+        ended, _, used = os.wait4(pid, os.WNOHANG)
+        if ended:
+            self.pipe.send(("ended", used.ru_utime + used.ru_stime))
+        elif self.left and processor_time(pid) >= task.dies and task.place.value != RUN_ENDED:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
             self.left -= 1
@@ -148,6 +148,12 @@ class Forks:
         else:
             return
         del self.running[pid]
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has computed for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(pipe: Any, seed: int, log: str, address: str) -> None:
