@@ -68,6 +68,14 @@ def test_content_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatc
     assert events == ["sync, exists False", "replace", "sync, exists True"]
 
 
+def test_what_may_be_lost_is_not_flushed_and_still_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: pytest.fail("flushed"))
+    write_json(tmp_path / "task.json", {"clip": "ball"}, flush=False)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "task.json", {"clip": float("nan")}, flush=False)
+    assert json.loads((tmp_path / "task.json").read_text()) == {"clip": "ball"} and names(tmp_path) == ["task.json"]
+
+
 def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path):
     path = tmp_path / "result.json"
     with atomic_path(path) as first, atomic_path(path) as second:
