@@ -106,6 +106,10 @@ class Cards:
         self.logs = [folder / f"{world}-{rank}.log" for rank in range(world)]
         self.processes = []
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world)))).split(",")
+        if len(visible) < world and not arguments.check:
+            raise SystemExit(
+                f"error: --cards {world}: CUDA_VISIBLE_DEVICES names {len(visible)}; name more, or ask for fewer"
+            )
         for rank in range(world):
             command = [sys.executable, "-m", "vidtta.bench.many_cards", *arguments.passed_on]
             command += [f"--folder={folder}", f"--rank={rank}", f"--world={world}"]
