@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -281,6 +282,7 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="without Slurm")
     parser.add_argument("--log", type=Path, help="write the report here, too")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the daemons would outlive this process
     with (
         tempfile.TemporaryDirectory() as folder,
         tiny_lab(Path(folder)) as lab,
