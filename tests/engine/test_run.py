@@ -85,7 +85,7 @@ def test_a_result_says_what_was_done(lab, first):
             "window",
             "paths",
         ),
-        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost"),
+        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost", "checksum"),
     ]
     named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
     assert named == {"clip": "ball", "arm": "full", "caption": "Ball.", "start": 0.0}
