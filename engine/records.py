@@ -3,11 +3,12 @@
 import sys
 import traceback
 
+from .choose import held_choices
 from .data.clips import Clip
 from .environment import describe_environment
 from .errors import MachineFailed, UserError
-from .files import write_json, write_json_once, write_text
-from .rundir import first_difference, read_json
+from .files import write_json, write_text
+from .rundir import first_difference
 from .session import Session
 
 
@@ -33,9 +34,7 @@ def write_head(session: Session) -> None:
     if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
         write_json(root / "environment.json", describe_environment(session.models.dit.device))
     ours = session.describe_paths()
-    write_json_once(root / "choices.json", ours)
-    held = read_json(root / "choices.json") or {}
-    theirs = {name: value for name, value in held.items() if name != "measured"}
+    theirs = held_choices(root, ours)
     if theirs != ours:
         where = first_difference(theirs, ours)
         print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
