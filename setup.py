@@ -63,8 +63,10 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "flash-attn": ["flash-attn-4>=4.0.0b12"],
         "adaptive": ["scikit-learn>=1.5"],
+        "search": ["optuna>=5"],
         "dev": [
             "scikit-learn>=1.5",
+            "optuna>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

@@ -15,7 +15,7 @@ import torch
 
 from ..kernels.attention import MEASURED, PACKAGES, SDPA, Choice, Shape, choose, measure, self_attention_shapes
 from ..kernels.windows import Grid
-from .choices import WORKS, Choices, Way, Work, allowed_ways, merged, put_in_force
+from .choices import WORKS, Choices, Way, Work, allowed_ways, merged
 from .clip import Experiment
 from .errors import UserError
 from .files import write_json, write_json_once
@@ -26,37 +26,6 @@ from .rundir import RunDirectory, read_json
 
 if TYPE_CHECKING:
     from .models.load import ModelSettings
-    from .session import Session
-
-
-def with_paths(session: "Session", quiet: bool) -> "Session":
-    """The session with its paths chosen and in force; raises UserError where what the recipe asks for cannot run here."""
-    recipe, experiment = session.recipe, session.experiment
-    choices = choose_paths(
-        recipe.model,
-        experiment,
-        session.directory.root,
-        methods=[
-            *(arm.method for arm in session.arms.values()),
-            *recipe.arms.values(),
-        ],  # a search adds arms of its own
-        diagnostics=recipe.diagnostics.wanted,
-        describe=lambda choices: replace(session, choices=choices).describe_paths(),
-        say=lambda text: None if quiet else print(text, flush=True),
-    )
-    rows, cols = (-(-side // 16) for side in experiment.pixel_size)
-    tokens = recipe.window.known_latents * rows * cols
-    strict = recipe.model.kernels == "triton"
-    put_in_force(choices, experiment.dit, experiment.vae, features_tokens=tokens, strict=strict)
-    return replace(session, choices=choices)
-
-
-def held_choices(root: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """What choices.json says, but for what was measured; `ours` where nothing was measured and no file is yet: it is then written."""
-    path = root / "choices.json"
-    if write_json_once(path, ours):
-        return ours
-    return {name: value for name, value in (read_json(path) or {}).items() if name != "measured"}
 
 
 def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...]:

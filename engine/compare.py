@@ -10,6 +10,7 @@ from .files import sha256_json
 from .rundir import first_difference, read_json
 from .statistics import PairedDifference, Pairs, holm, pair_results, variance_components
 from .statistics.pairing import Result, Unit
+from .tradeoffs import equal_time_lines, front_lines
 
 SCORES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4)}
 MOST_NAMED = 5  # clips in a sentence
@@ -118,6 +119,9 @@ def print_comparison(compared: list[Compared]) -> None:
             said.setdefault(sentence, []).append(row.arm)
     for sentence, arms in said.items():
         console.print(f"{', '.join(arms)}: {sentence}", soft_wrap=True)
+    name, _ = SCORES["psnr"]
+    for sentence in (*equal_time_lines(compared, "psnr", name), *front_lines(compared, "psnr", name)):
+        console.print(sentence, soft_wrap=True)
 
 
 def _probability(value: float) -> str:

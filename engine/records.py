@@ -1,14 +1,18 @@
-"""What a run writes beside its results: the recipe, the environment and the choices at its start; why a clip has no result."""
+"""What a run writes beside its results: recipe, environment and choices at its start; why a clip has no result; what `keep` names."""
 
 import sys
 import traceback
 
-from .choose import held_choices
+import torch
+from torch import Tensor
+
+from .clip import Outcome
 from .data.clips import Clip
+from .data.video import to_uint8, write_video
 from .environment import describe_environment
 from .errors import MachineFailed, UserError
-from .files import write_json, write_text
-from .rundir import first_difference
+from .files import write_json, write_json_once, write_tensors, write_text
+from .rundir import first_difference, read_json
 from .session import Session
 
 
@@ -34,7 +38,20 @@ def write_head(session: Session) -> None:
     if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
         write_json(root / "environment.json", describe_environment(session.models.dit.device))
     ours = session.describe_paths()
-    theirs = held_choices(root, ours)
+    write_json_once(root / "choices.json", ours)
+    held = read_json(root / "choices.json") or {}
+    theirs = {name: value for name, value in held.items() if name != "measured"}
     if theirs != ours:
         where = first_difference(theirs, ours)
         print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
+
+
+def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
+    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
+    folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
+    if "video" in keep:
+        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
+        write_video(folder / "video.mp4", video, window.fps)
+    for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
+        if name in keep and tensors:
+            write_tensors(folder / f"{name}.safetensors", tensors)

@@ -17,6 +17,7 @@ from .data.video import to_uint8, write_video
 from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
+from .gate import Gate, load_gate
 from .methods import adapts
 from .methods.optimize import AdamW
 from .methods.protocol import Adapter
@@ -55,6 +56,18 @@ class Session:
     @cached_property
     def arms(self) -> dict[str, Arm]:
         return arms_of(self.recipe)
+
+    @cached_property
+    def gates(self) -> dict[str, Gate]:
+        """The gates by the arm that the recipe gives them to. Raises UserError where a predictor does not fit its arm."""
+        return {
+            name: load_gate(name, settings, self._ungated_settings(name)) for name, settings in self.recipe.gate.items()
+        }
+
+    def gate(self, arm: str) -> Gate | None:
+        """What decides whether an arm adapts to a clip; None where it always does."""
+        name = self.arms[arm].gate
+        return None if name is None else self.gates[name]
 
     @property
     def baseline(self) -> str:
@@ -134,6 +147,10 @@ class Session:
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
+        gate = self.gate(arm)
+        return self._ungated_settings(arm) | ({"gate": gate.describe()} if gate else {})
+
+    def _ungated_settings(self, arm: str) -> dict[str, Any]:
         method = self.arms[arm].method
         value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
         if adapts(method):
@@ -190,7 +207,8 @@ class Session:
             return False
         if len(result.get("samples", [None])) < self.recipe.samples:
             return False
-        folder, adapted = self.directory.clip(arm, clip.id), adapts(self.arms[arm].method)
+        folder = self.directory.clip(arm, clip.id)
+        adapted = adapts(self.arms[arm].method) and result.get("gate", {}).get("adapted", True)
         if adapted and self.recipe.diagnostics.wanted and not (folder / "curves.json").exists():
             return False
         files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
@@ -227,14 +245,16 @@ class Session:
         path = self.directory.shared / "latents" / f"{clip.id}-{self._vae_key(content)[:16]}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("latents").to(pixels_3FHW.device), float(file.metadata()["seconds"])
+                # A copy, since a file's tensors lie at any address, and on a CPU some operations round by how theirs is aligned.
+                latents, seconds = file.get_tensor("latents").clone(), float(file.metadata()["seconds"])
+            return latents.to(pixels_3FHW.device), seconds
         except (OSError, SafetensorError, KeyError, TypeError):
             pass  # not there yet, or damaged: made again
-        seconds: dict[str, float] = {}
-        with timed(seconds, "encode", pixels_3FHW.device):
+        taken: dict[str, float] = {}
+        with timed(taken, "encode", pixels_3FHW.device):
             latents = self.encode(clip, pixels_3FHW)
-        write_tensors(path, {"latents": latents}, {"seconds": str(seconds["encode"])})
-        return latents, seconds["encode"]
+        write_tensors(path, {"latents": latents}, {"seconds": str(taken["encode"])})
+        return latents, taken["encode"]
 
     def encode(self, clip: Clip, pixels_3FHW: Tensor) -> Tensor:
         """Latents of a clip's known frames, of the posterior's mode or its sample, as the recipe says."""

@@ -57,6 +57,14 @@ def write_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -
     return rows
 
 
+def write_last_summary(directory: RunDirectory, clips: list[Clip], arms: list[str]) -> list[Row]:
+    """Write the summary; again where tasks finished clips meanwhile, so that the last of several that end at once has them all."""
+    before = -1
+    while before != (before := directory.count_results()):
+        rows = write_summary(directory, clips, arms)
+    return rows
+
+
 def _reference_row(directory: RunDirectory, name: str, clip_id: str) -> Row:
     found = read_json(directory.reference(clip_id))
     row: Row = {"arm": REFERENCES[name], "clip": clip_id, "status": "done" if found else "missing"}

@@ -4,10 +4,8 @@ import csv
 import json
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -17,7 +15,6 @@ from vidtta.engine import choose, measure_paths, path_table
 from vidtta.engine.choices import TORCHS_OWN, WORKS, Choices, Way, allowed_ways, describe_choices, put_in_force
 from vidtta.engine.cluster.attempts import MEMORY
 from vidtta.engine.errors import UserError
-from vidtta.engine.files import write_json_once
 from vidtta.engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from vidtta.engine.models.load import ModelSettings
 from vidtta.engine.models.paths import Paths, PathsByWork, use_paths
@@ -298,20 +295,6 @@ def test_the_first_of_several_tasks_chooses_for_all(lab, monkeypatch: pytest.Mon
     assert chosen(settings=ModelSettings()) == Choices(
         training="plain", features="plain", sampling="plain", vae="plain", why=chosen(settings=ModelSettings()).why
     )
-
-
-def test_of_many_writers_at_once_the_first_one_stays(tmp_path: Path):
-    path, gate, first = tmp_path / "deep" / "choices.json", Barrier(8), []
-
-    def write(number: int) -> None:
-        gate.wait()
-        if write_json_once(path, {"by": number}):
-            first.append(number)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, range(8)))
-    assert len(first) == 1 and json.loads(path.read_text()) == {"by": first[0]}
-    assert [p.name for p in path.parent.iterdir()] == ["choices.json"]
 
 
 def test_attention_is_pinned_or_refused_by_name(lab, capsys):
