@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.common import MAX_RANK
-from ..adaptation import AdaptationSettings, Task
+from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
 from ..models.lora_linear import LoRALinear
-from ..models.paths import method_path, raise_if_strict
+from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
+from .recorded_loss import RecordedLoss
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -99,7 +100,9 @@ class LoRAAdapter:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
         self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
+        self.records = records(model) and not settings.cache_prefix
         self.ways = {
+            "steps": "recorded" if self.records else "launched",
             "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
             "optimizer": describe_steps(self.masters, settings),
         }
@@ -157,12 +160,16 @@ class LoRAAdapter:
                     prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
             return task.loss_from(prefixes[k], draw, self.cut, text)
 
+        def recorded(draw: Draw) -> Tensor:
+            return task.loss(draw, fixed_text)
+
         self.trace = Trace()
         zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
             loss,
+            descend=RecordedLoss(self.masters, task.draw, recorded) if self.records else None,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],

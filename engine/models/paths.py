@@ -41,6 +41,8 @@ class Paths:
     gelu_in_product: bool = False
     compiler: str | Callable[..., Any] = "inductor"
     methods: MethodPath = "triton"
+    recorded: bool = True
+    """On a card: record a clip's steps as a CUDA graph (methods/recorded_loss.py); changes no bit."""
     strict: bool = False
     """Whether a method that cannot take its `methods` path raises ValueError when it is attached; else it takes the next slower
     one and says so."""
@@ -133,6 +135,12 @@ def use_paths(model: STDiT3, paths: AnyPaths | None) -> None:
 def method_path(model: STDiT3) -> MethodPath:
     """How methods compute what is theirs on a network."""
     return "plain" if model.paths is None else model.paths.methods
+
+
+def records(model: STDiT3) -> bool:
+    """Whether a clip's steps are recorded on a network: on a card, where a fast path trains it."""
+    paths = model.paths.training if isinstance(model.paths, PathsByWork) else model.paths
+    return paths is not None and paths.recorded and model.device.type == "cuda"
 
 
 def raise_if_strict(model: STDiT3, reason: str) -> None:
