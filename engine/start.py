@@ -66,7 +66,10 @@ def _with_paths(session: Session, say: Callable[[str], None]) -> Session:
         recipe.model,
         experiment,
         session.directory.root,
-        methods=(arm.method for arm in session.arms.values()),
+        methods=[
+            *(arm.method for arm in session.arms.values()),
+            *recipe.arms.values(),
+        ],  # a search adds arms of its own
         diagnostics=recipe.diagnostics.wanted,
         describe=lambda choices: replace(session, choices=choices).describe_paths(),
         say=say,

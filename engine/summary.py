@@ -143,21 +143,18 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
 
 
 def path_lines(rows: list[Row], arms: list[str]) -> list[str]:
-    """Which paths computed each arm, and how many graphs were compiled after an arm's first clip; empty where all is plain."""
+    """Which paths computed each arm, and how many graphs were compiled on how many clips; empty where all is plain."""
     lines = []
     for arm in arms:
         done = [row for row in rows if row["arm"] == arm and row["status"] == "done"]
         paths = list(dict.fromkeys(row.get("paths") or "" for row in done))
         if not any("compile" in path or "triton" in path for path in paths):
             continue
-        lines += [f"{arm}: {path}" for path in paths]
-        counts = [(row.get("graphs") or 0, row.get("graph_breaks") or 0) for row in done]
-        compiled, again = sum(graphs for graphs, _ in counts), sorted(graphs for graphs, _ in counts)[:-1]
-        if compiled:
-            breaks = sum(broken for _, broken in counts)
-            lines.append(
-                f"{arm}: {compiled} graphs compiled, {sum(again)} of them on another clip than the one with most; {breaks} graph breaks"
-            )
+        lines += [f"paths of {arm}: {path}" for path in paths]
+        made = [row.get("graphs") or 0 for row in done]
+        if any(made):
+            clips, breaks = sum(map(bool, made)), sum(row.get("graph_breaks") or 0 for row in done)
+            lines.append(f"{arm}: {sum(made)} graphs compiled, on {clips} of {len(done)} clips; {breaks} graph breaks")
     return lines
 
 
