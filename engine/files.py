@@ -73,6 +73,20 @@ def write_json(path: Path, value: Any, flush: bool = True) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
 
 
+def write_json_once(path: Path, value: Any) -> bool:
+    """Write JSON atomically where no file is yet; False where another process was first, whose file then stays whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
+    write_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
 def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically, from any device; raises OSError where the disk refuses, as the others do."""
     from safetensors import SafetensorError

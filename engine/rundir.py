@@ -142,6 +142,11 @@ def check_paired(baseline: dict[str, Any], result: dict[str, Any]) -> None:
             f"this result cannot be compared with that of arm {baseline['arm']} ({first_difference(theirs, ours)}); if that "
             "one is wrong, remove it, and both are made again"
         )
+    left_alone = not result.get("gate", {"adapted": True})["adapted"]
+    if left_alone and result["generated"] != baseline["generated"] and result["paths"] == baseline["paths"]:
+        raise ValueError(
+            f"the gate left this clip unadapted, but its video is not that of arm {baseline['arm']} to the bit"
+        )
     if result["adaptation"]["change"]["changed"] and result["generated"] == baseline["generated"]:
         raise ValueError(
             f"adapting changed weights, but the video is that of arm {baseline['arm']} to the bit: the change is too small "

@@ -7,7 +7,9 @@ import re
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from vidtta.engine.files import (
     sha256_json,
     sha256_tensor,
     write_json,
+    write_json_once,
     write_text,
 )
 
@@ -83,6 +86,20 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path):
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first" and names(tmp_path) == ["result.json"]
+
+
+def test_of_many_writers_at_once_the_first_one_stays(tmp_path: Path):
+    path, gate, first = tmp_path / "deep" / "one.json", Barrier(8), []
+
+    def write(number: int) -> None:
+        gate.wait()
+        if write_json_once(path, {"by": number}):
+            first.append(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(first) == 1 and json.loads(path.read_text()) == {"by": first[0]}
+    assert os.listdir(path.parent) == ["one.json"]
 
 
 def test_text_is_utf8(tmp_path: Path):
