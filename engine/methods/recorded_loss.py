@@ -9,8 +9,20 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..adaptation import Draw
+from ..models.paths import records
+from ..models.stdit3 import STDiT3
 from ..recorded import Recorded
 from .optimize import Masters
+
+
+def recorded_loss(
+    model: STDiT3, masters: Masters, draw: Callable[[int], Draw], loss: Callable[[Draw], Tensor]
+) -> "RecordedLoss | None":
+    """For `optimize`; None where steps are launched one by one (`paths.records`), which also frees an earlier record."""
+    if records(model):
+        return RecordedLoss(masters, draw, loss)
+    masters.record = None
+    return None
 
 
 class RecordedLoss:
