@@ -6,6 +6,7 @@ it and the rest are replayed. Bits are those of launching each step.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..adaptation import Draw
@@ -57,6 +58,8 @@ class RecordedLoss:
         for parameter in self.masters.parameters:
             parameter.grad = None  # made anew inside the record
         pool = None if last is None else last.pool
+        if pool is None and draw.noise.is_cuda:
+            torch.cuda.empty_cache()  # the launched step's activations, which the record's would come on top of
         self.masters.record = Recorded(self._launch, (draw.t, draw.noise), warm_ups=0, pool=pool)
         self.gradients = [parameter.grad for parameter in self.masters.parameters]
         self.ready = True
