@@ -9,7 +9,7 @@ and what a recipe names is refused in one sentence where it cannot run. Attentio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,11 +21,9 @@ from .errors import UserError
 from .files import write_json, write_json_once
 from .measure_paths import RUNS, Row, measure_ways
 from .methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA
+from .models.settings import ModelSettings
 from .path_table import fastest_known
 from .rundir import RunDirectory, read_json
-
-if TYPE_CHECKING:
-    from .models.load import ModelSettings
 
 
 def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...]:
@@ -43,7 +41,7 @@ def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...
 
 
 def choose_paths(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     root: Path,
     *,
@@ -95,7 +93,7 @@ def _stored(root: Path, device: torch.device) -> Choices | None:
     return Choices.from_json(held)
 
 
-def _fits(settings: "ModelSettings", choices: Choices) -> bool:
+def _fits(settings: ModelSettings, choices: Choices) -> bool:
     """Whether the attention of choices is what a recipe asks for."""
     if settings.attention == "auto":
         return "attention" in choices.why
@@ -104,7 +102,7 @@ def _fits(settings: "ModelSettings", choices: Choices) -> bool:
 
 def _complete(
     found: Choices,
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     works: tuple[Work, ...],
     lora: LoRA,
@@ -150,7 +148,7 @@ def _complete(
 
 
 def _way(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     work: Work,
     ways: tuple[Way, ...],
@@ -174,7 +172,7 @@ def _way(
     return _pick(settings, work, ways, measured), why, rows + measured
 
 
-def _pick(settings: "ModelSettings", work: Work, ways: tuple[Way, ...], rows: list[Row]) -> Way:
+def _pick(settings: ModelSettings, work: Work, ways: tuple[Way, ...], rows: list[Row]) -> Way:
     """The fastest way of those measured; raises UserError where none ran."""
     good = [row for row in rows if row["way"] in ways and "milliseconds" in row]
     if good:
@@ -200,7 +198,7 @@ def shapes_of(experiment: Experiment, works: tuple[Work, ...]) -> list[tuple[Sha
 
 
 def _attention(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     works: tuple[Work, ...],
     measured: bool,

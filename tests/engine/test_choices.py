@@ -16,8 +16,8 @@ from vidtta.engine.choices import TORCHS_OWN, WORKS, Choices, Way, allowed_ways,
 from vidtta.engine.cluster.attempts import MEMORY
 from vidtta.engine.errors import UserError
 from vidtta.engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
-from vidtta.engine.models.load import ModelSettings
 from vidtta.engine.models.paths import Paths, PathsByWork, use_paths
+from vidtta.engine.models.settings import ModelSettings
 from vidtta.engine.models.stdit3 import Layer
 from vidtta.kernels.attention import BACKENDS, Choice
 from vidtta.kernels.common import INTERPRETED
