@@ -86,9 +86,11 @@ def _adds_to(held: Choices, chosen: Choices) -> bool:
 
 
 def _stored(root: Path, device: torch.device) -> Choices | None:
-    """The choices that a run directory holds for a device of this kind."""
+    """The choices that a run directory holds for a device of this kind and this determinism (attention was chosen under it)."""
     held = read_json(root / "choices.json")
     if held is None or str(held.get("device", "")).startswith("cpu (") != (device.type == "cpu"):
+        return None
+    if held.get("deterministic") not in (None, torch.are_deterministic_algorithms_enabled()):
         return None
     return Choices.from_json(held)
 
@@ -144,6 +146,10 @@ def _complete(
             chosen.get("sampling") or found.sampling,
             "as sampling, nothing is fitted there",
         )
+    layers = {chosen.get(work, found.way(work)) for work in WORKS if work != "vae"}
+    if layers <= {"plain", None} and found.attention is not None and found.attention.pinned is None:
+        found = replace(found, attention=None, cross=None)  # the plain path leaves attention to PyTorch
+        why["attention"] = "torch's choice, as all layers are plain"
     return replace(found, **{str(work): way for work, way in chosen.items()}, why=why), rows
 
 
@@ -240,7 +246,7 @@ def _attention(
     ]
     if missing:
         return None, None, f"torch's choice, as none of {', '.join(backends)} runs at {missing[0]}", rows
-    return choice, _cross(experiment, None), "measured here, fastest at each shape", rows
+    return choice, _cross(experiment, None), "measured here, fastest at each shape (of work that is not plain)", rows
 
 
 def _cross(experiment: Experiment, pinned: str | None) -> str | None:

@@ -160,6 +160,12 @@ def test_what_the_table_names_is_tried_and_where_it_is_wrong_all_are_measured(mo
     assert (found.training, found.features, found.sampling, found.vae) == (None, "compile", "compile", "compile")
     assert found.why["vae"] == "measured here, fastest" and len(rows) == 8
     assert found.why["features"] == "as sampling, nothing is fitted there"
+    monkeypatch.setattr(choose, "fastest_known", lambda *_: ("plain", "fastest in a bench"))
+    measured_attention = replace(arguments[0], attention=Choice({"a": "flash"}), cross="flash")
+    found, _ = choose._complete(measured_attention, ModelSettings(), experiment, WORKS, LoRA(), said.append)
+    assert (
+        found.attention is None and found.shaping_videos() is None and "all layers are plain" in found.why["attention"]
+    )
 
 
 def test_the_fastest_that_ran_is_taken():
@@ -292,6 +298,9 @@ def test_the_first_of_several_tasks_chooses_for_all(lab, monkeypatch: pytest.Mon
     path.write_text(json.dumps(held | {"device": "NVIDIA H100"}))
     calls.clear()
     assert chosen() == first and calls  # of another kind of device
+    path.write_text(json.dumps(held | {"deterministic": not torch.are_deterministic_algorithms_enabled()}))
+    calls.clear()
+    assert chosen() == first and calls  # attention may have been chosen otherwise
     assert chosen(settings=ModelSettings()) == Choices(
         training="plain", features="plain", sampling="plain", vae="plain", why=chosen(settings=ModelSettings()).why
     )
