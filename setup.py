@@ -62,6 +62,7 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "flash-attn": ["flash-attn-4>=4.0.0b12"],
+        "peft": ["peft>=0.17"],
         "adaptive": ["scikit-learn>=1.5"],
         "search": ["optuna>=5"],
         "dev": [

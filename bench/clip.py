@@ -68,8 +68,6 @@ def clip(name: str, path: str) -> Callable[[Clips], Row]:
             method, adaptation = reduced(method, len(scene.experiment.dit.layers)), replace(adaptation, draws=2)
         method.check(adaptation)
         experiment = replace(scene.experiment, adaptation=adaptation)
-        if clips.small:
-            experiment = replace(experiment, sampler=replace(experiment.sampler, steps=4, force_steps=2))
         short = replace(experiment, sampler=replace(experiment.sampler, steps=2, force_steps=1))
         before, seconds = state_hash(experiment.dit), {}
         with path_of(scene, path):
@@ -178,7 +176,7 @@ def main() -> None:
     from .step_rows import attention
     from .step_scene import real_scene, small_scene
 
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     about = record.environment(device, arguments.commit) | {"deterministic": not arguments.nondeterministic}
     print(json.dumps(about), flush=True)
     scene = small_scene(device) if arguments.check else real_scene(device)

@@ -23,11 +23,10 @@ from ..engine.metrics.score import score_frames
 from ..engine.metrics.temporal import frame_changes
 from ..engine.models.load import EMBEDDED, load_dit, load_vae
 from ..engine.models.stdit3 import Caption
-from ..engine.models.vae_fast import use_channels_last, use_plain
 from ..engine.sampler import SamplerSettings
 from ..engine.text.encoder import TRAINED_TABLE, EmbeddedText
 from ..engine.window import Window
-from .step_rows import attention, on
+from .step_rows import attention, channels, on
 from .step_scene import Scene
 from .stopwatch import Stopwatch
 
@@ -54,16 +53,8 @@ PATHS = {"plain": ("eager", "plain"), "fast": ("fused", "last triton"), "compile
 def path_of(scene: Scene, path: str) -> Iterator[None]:
     """Compute the transformer and the VAE of a scene by one of PATHS for a while."""
     layers, order = PATHS[path]
-    vae = scene.experiment.vae
-    if order != "plain":
-        # Triton's interpreter would take minutes for the VAE's chunks; on a CPU the kernels' references stand for them.
-        on_gpu = scene.device.type == "cuda"
-        use_channels_last(vae, triton="triton" in order and on_gpu, compiled="compiled" in order and on_gpu)
-    try:
-        with on(scene, layers):
-            yield
-    finally:
-        use_plain(vae)
+    with on(scene, layers), channels(scene, order):
+        yield
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,12 @@ def main() -> None:
     if arguments.list:
         print("\n".join(names))
         return
-    import torch
 
     from . import record
     from .step_rows import attention
     from .step_scene import real_scene, small_scene
 
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     about = record.environment(device, arguments.commit)
     scene = small_scene(device) if arguments.check else real_scene(device)
     attention(scene)

@@ -404,6 +404,7 @@ def main() -> None:
         result: Row = {"environment": record.environment(torch.device("cpu"), arguments.commit), "rows": rows}
         save(result)
     else:
+        suite.device(arguments.check)
         name = __spec__.name if __spec__ else "vidtta.bench.kernels"
         result = run_all(arguments, [sys.executable, "-m", name], save)
     suite.finish(result["rows"])

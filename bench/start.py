@@ -95,7 +95,7 @@ def child(arguments: argparse.Namespace) -> None:
     from .step_rows import attention, denoiser_of, on
     from .step_scene import describe_path, real_scene, small_scene
 
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     seconds = {"imports": time.time() - arguments.began}
     scene = small_scene(device) if arguments.check else real_scene(device)
     if arguments.check:
@@ -162,11 +162,10 @@ def main() -> None:
     if arguments.list:
         print("\n".join(names))
         return
-    import torch
 
     from . import record
 
-    about = record.environment(torch.device("cpu" if arguments.check else "cuda"), arguments.commit)
+    about = record.environment(suite.device(arguments.check), arguments.commit)
     with tempfile.TemporaryDirectory() as folder:
         starts = Starts(Path(folder), arguments.path, arguments.check, 60 * arguments.minutes)
 

@@ -37,6 +37,21 @@ def on(scene: Scene, name: str) -> Iterator[None]:
         use_paths(scene.experiment.dit, None)
 
 
+@contextmanager
+def channels(scene: Scene, order: str) -> Iterator[None]:
+    """Keep the VAE's channels in an order for a while: plain; last, by `triton`'s kernels or their references, perhaps `compiled`.
+
+    On a CPU always by the references, as the interpreter would take minutes for a chunk; the kernels' own checks run there.
+    """
+    on_gpu = scene.device.type == "cuda"
+    if order != "plain":
+        use_channels_last(scene.experiment.vae, "triton" in order and on_gpu, "compiled" in order and on_gpu)
+    try:
+        yield
+    finally:
+        use_plain(scene.experiment.vae)
+
+
 def attention(scene: Scene) -> Row:
     """Measure the attention back ends at the shapes of adapting and sampling, and keep the choice for the other rows."""
     config, window = scene.experiment.dit.config, scene.experiment.window
@@ -235,20 +250,15 @@ def vae(order: str, what: str) -> Callable[[Scene], Row]:
         generator = torch.Generator().manual_seed(3)
         shape = (*scene.known.latents.shape[:2], window.latent_frames, *scene.known.latents.shape[3:])
         latents = torch.randn(shape, generator=generator).to(scene.device)
-        if order != "plain":
-            use_channels_last(experiment.vae, "triton" in order, "compiled" in order)
-        try:
-            with torch.no_grad():
-                if what == "encode":
-                    row, found = scene.watch.measure(lambda: encode_known(experiment.vae, scene.pixels, window), runs=3)
-                else:
-                    row, found = scene.watch.measure(lambda: experiment.vae.decode(latents, window.generated), runs=3)
-            row |= compared(scene, f"vae {what}", found)
-            row |= scene.rates(row["ms"], vae_work(scene, what)) | {
-                "path": f"channels {order}" if order != "plain" else order
-            }
-        finally:
-            use_plain(experiment.vae)
+        with channels(scene, order), torch.no_grad():
+            if what == "encode":
+                row, found = scene.watch.measure(lambda: encode_known(experiment.vae, scene.pixels, window), runs=3)
+            else:
+                row, found = scene.watch.measure(lambda: experiment.vae.decode(latents, window.generated), runs=3)
+        row |= compared(scene, f"vae {what}", found)
+        row |= scene.rates(row["ms"], vae_work(scene, what)) | {
+            "path": f"channels {order}" if order != "plain" else order
+        }
         return row
 
     return run
@@ -276,10 +286,8 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
 
     def run(scene: Scene) -> Row:
         experiment, seconds = scene.experiment, {}
-        method: Method = LoRA(steps=20) if adapted else NoAdaptation()
-        if order != "plain":
-            use_channels_last(experiment.vae, triton=True)
-        with on(scene, path):
+        method: Method = LoRA(steps=scene.training_steps or 20) if adapted else NoAdaptation()
+        with on(scene, path), channels(scene, order):
             adapter: Adapter = method.attach(experiment.dit, 0)
             try:
                 for short in (True, False):
@@ -306,7 +314,6 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
                 row["path"] = f"{describe_path(scene.paths(path))}; VAE channels {order}"
             finally:
                 adapter.detach()
-                use_plain(experiment.vae)
         return row
 
     return run
@@ -330,13 +337,14 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "delta features fused, not compiled": delta_features("fused, not compiled"),
     "delta steps pre eager": delta_steps("pre", fast=False),
     "delta steps pre fast": delta_steps("pre", fast=True),
+    "delta steps mid eager": delta_steps("mid", fast=False),
     "delta steps mid fast": delta_steps("mid", fast=True),
     "delta closed": delta_steps("mid closed", fast=False),
     "sample1 eager": sampling("eager", 1),
     "sample1 fused": sampling("fused", 1),
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
-    "clip lora fused": whole("fused", "last", adapted=True),
+    "clip lora fused": whole("fused", "last triton", adapted=True),
     "sample3 compiled": sampling("compiled", 3),
     "sample3 compiled + attention": sampling("compiled + attention", 3),
     "lora compiled": training(LORA, "compiled"),

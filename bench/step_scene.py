@@ -123,6 +123,7 @@ def small_scene(device: torch.device) -> Scene:
     )  # fmt: skip
     scene.compiler, scene.lengths, scene.length = "aot_eager", (3, 8), 4
     scene.delta_steps = scene.training_steps = 3
+    scene.experiment = replace(scene.experiment, sampler=SamplerSettings(steps=4, force_steps=2))
     return scene
 
 

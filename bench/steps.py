@@ -12,8 +12,6 @@ and the next one starts; the file is written after each. `--rows` takes beginnin
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import record, suite
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(names))
         return
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     environment = record.environment(device, arguments.commit)
     print(json.dumps(environment), flush=True)
     scene = small_scene(device) if arguments.check else real_scene(device)

@@ -6,11 +6,15 @@ row is printed when it is done, and what is known so far is written to the file.
 
 import argparse
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Scene = TypeVar("Scene")
 Row = dict[str, Any]
@@ -40,6 +44,16 @@ def add_arguments(made: argparse.ArgumentParser, minutes: float | None = None) -
     )
     made.add_argument("--list", action="store_true", help="name the rows and stop")
     made.add_argument("--commit", help="the code's commit, where the machine has no checkout to ask")
+
+
+def device(check: bool) -> "torch.device":
+    """What the suite runs on; ends the command where that is not here."""
+    import torch
+
+    if not check and not torch.cuda.is_available():
+        print("error: there is no GPU here; --check runs the same rows at small shapes on the CPU", file=sys.stderr)
+        raise SystemExit(2)
+    return torch.device("cpu" if check else "cuda")
 
 
 def chosen(names: Sequence[str], only: Sequence[str] | None) -> list[str]:

@@ -23,6 +23,8 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     arguments = suite.parser("peers", __doc__, minutes=6.0).parse_args()
+    if not arguments.list:
+        suite.device(arguments.check)
     words = [*(["--check"] if arguments.check else []), *(["--commit", arguments.commit] if arguments.commit else [])]
     words += ["--list"] if arguments.list else []
     failed = 0

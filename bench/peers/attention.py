@@ -127,7 +127,7 @@ def main() -> None:
     parser = suite.parser("peers.attention", __doc__, minutes=3.0)
     parser.add_argument("package", choices=list(PACKAGES))
     arguments = parser.parse_args()
-    package, device = arguments.package, torch.device("cpu" if arguments.check else "cuda")
+    package, device = arguments.package, suite.device(arguments.check)
     rows = rows_of(package, arguments.check)
     names = suite.chosen(list(rows), arguments.only)
     if arguments.list:

@@ -8,8 +8,6 @@ L2 norm; a row beyond has no time. The first row of a kind is the official one; 
 opensora (branch opensora/v1.3) cannot be imported, the one row says why.
 """
 
-import torch
-
 from .. import record, suite
 from ..suite import Absent
 
@@ -23,7 +21,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(names))
         return
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     about = record.environment(device, arguments.commit)
 
     def write(rows: list[suite.Row]) -> None:

@@ -16,9 +16,8 @@ from ...engine.flow import sampling_timesteps
 from ...engine.methods import FullFineTuning, LoRA
 from ...engine.models.stdit3 import Condition
 from ...engine.models.vae import CHUNK_LATENTS, STRIDE
-from ...engine.models.vae_fast import use_channels_last, use_plain
 from ...engine.sampler import ContinuationGuidance, SamplerSettings, sample
-from ..step_rows import on
+from ..step_rows import channels, on
 from ..step_scene import Scene, describe_path
 from ..suite import Absent, Row
 from .official import FixedText, Official
@@ -335,12 +334,8 @@ def autoencoder(who: str, what: str) -> Callable[[Pair], Row]:
 
         with torch.no_grad():
             if not who.startswith("official"):
-                if who == "fused":
-                    use_channels_last(experiment.vae, triton=True)
-                try:
+                with channels(scene, "last triton" if who == "fused" else "plain"):
                     row, found = scene.watch.measure(ours, runs=3)
-                finally:
-                    use_plain(experiment.vae)
                 told = pair.judge(f"vae {what}", who, found)
                 return pair.told(f"vae {what}", who, row | told | {"path": f"ours, {who}"})
             shipped = who == "official, as shipped"

@@ -175,7 +175,7 @@ def main() -> None:
     from ..step_rows import attention
     from ..step_scene import real_scene, small_scene
 
-    device = torch.device("cpu" if arguments.check else "cuda")
+    device = suite.device(arguments.check)
     about = record.environment(device, arguments.commit)
 
     def write(rows: list[Row]) -> None:
