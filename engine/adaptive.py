@@ -8,7 +8,7 @@ gives follows exactly from results that are there: regret is the mean of the ora
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +16,18 @@ import numpy as np
 
 from .compare import compare_arms, read_results
 from .errors import UserError
-from .files import sha256_json, write_json
+from .predictor import (
+    NUMBERS,
+    Fitted,
+    Predictor,
+    design,
+    fitted_settings,
+    frame_features,
+    group_name,
+    save_predictor,
+)
 
-SCHEMA = 1
-NUMBERS = ("flow", "edges", "colour_variance", "similarity", "first_loss")
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-
-
-def frame_features(known_F3HW: np.ndarray) -> dict[str, float]:
-    """Of a clip's known frames, uint8 [F, 3, H, W] with F at least 2.
-
-    flow: mean length of Farneback's optical flow, pixels a frame; edges: share of Canny's edge pixels (100, 200); colour_variance: mean
-    over channels, of values in [0, 1]; similarity: mean correlation of neighbouring frames in grey.
-    """
-    import torch
-
-    from .metrics.optical_flow import farneback
-    from .opencv import import_cv2
-
-    cv2 = import_cv2("features of a clip")
-    video = torch.from_numpy(known_F3HW).transpose(0, 1).float() / 127.5 - 1
-    grey = np.stack([cv2.cvtColor(frame.transpose(1, 2, 0), cv2.COLOR_RGB2GRAY) for frame in known_F3HW])
-    flat = grey.reshape(len(grey), -1).astype(float)
-    flat = flat - flat.mean(1, keepdims=True)
-    norms = np.linalg.norm(flat, axis=1)
-    pairs = (flat[1:] * flat[:-1]).sum(1) / np.maximum(norms[1:] * norms[:-1], 1e-12)
-    return {
-        "flow": farneback(video).norm(dim=1).mean().item(),
-        "edges": float(np.mean([(cv2.Canny(frame, 100, 200) > 0).mean() for frame in grey])),
-        "colour_variance": float((known_F3HW / 255.0).var(axis=(0, 2, 3)).mean()),
-        "similarity": float(pairs.mean()),
-    }
 
 
 def policies(
@@ -69,35 +50,6 @@ def policies(
         }
         for name, adapt in chosen.items()
     }
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """Calibrated ridge regression, plain numbers. means, scales: of NUMBERS; weights: of NUMBERS, then classes."""
-
-    means: list[float]
-    scales: list[float]
-    classes: list[str]
-    weights: list[float]
-    intercept: float
-    slope: float
-    offset: float
-
-    def predict(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Benefit of clips with these features, [n]; a class that was not seen counts as none."""
-        raw = design(rows, self.means, self.scales, self.classes) @ np.asarray(self.weights) + self.intercept
-        return self.offset + self.slope * raw
-
-
-def design(
-    rows: Sequence[Mapping[str, Any]], means: Sequence[float], scales: Sequence[float], classes: Sequence[str]
-) -> np.ndarray:
-    """Standardised numbers and one column a class, [n, NUMBERS + classes]."""
-    numbers = np.array([[row[name] for name in NUMBERS] for row in rows], dtype=float)
-    one_hot = np.array([[float(row["class"] == name) for name in classes] for row in rows]).reshape(
-        len(rows), len(classes)
-    )
-    return np.concatenate([(numbers - np.asarray(means)) / np.asarray(scales), one_hot], axis=1)
 
 
 def fit(rows: Sequence[Mapping[str, Any]], benefit: np.ndarray, groups: np.ndarray) -> Predictor:
@@ -145,12 +97,6 @@ def left_out_predictions(rows: Sequence[Mapping[str, Any]], benefit: np.ndarray,
     return predicted
 
 
-def save_predictor(path: Path, predictor: Predictor, made_from: Mapping[str, Any]) -> None:
-    """Write as JSON, with its schema and a hash over everything."""
-    value = {"schema": SCHEMA, "numbers": list(NUMBERS), "predictor": vars(predictor), "made_from": dict(made_from)}
-    write_json(path, value | {"sha256": sha256_json(value)})
-
-
 def adaptive(root: Path, arm: str, out: Path | None) -> int:
     """Fit on a run's results, print the policies on clips left out, write the predictor; returns the exit status."""
     try:
@@ -176,13 +122,15 @@ def adaptive(root: Path, arm: str, out: Path | None) -> int:
             raise UserError(
                 f"{root}: the video of clip {clip_id} is not the one its result was made from; prepare it again"
             )
+        if "gate" in result:
+            raise UserError(f"--arm {arm}: it adapts only where a gate lets it; fit on a run that adapts to every clip")
         if not result["adaptation"]["losses"]:
             raise UserError(f"--arm {arm}: it takes no step, so there is no benefit to foresee")
         frames = read_clip(clip, frames=window.known_frames, fps=window.fps, height=data.height, width=data.width)
         meta = result.get("meta", {})
         found: dict[str, Any] = dict(frame_features(frames.numpy()))
         rows.append(found | {"first_loss": result["adaptation"]["losses"][0], "class": meta.get("class", "")})
-        groups.append(f"{meta.get('class', '')}/{meta['group']}" if meta.get("group") else clip_id)
+        groups.append(group_name(meta, clip_id))
     names = np.array(groups)
     predicted = left_out_predictions(rows, benefit, names)
     print(
@@ -193,7 +141,8 @@ def adaptive(root: Path, arm: str, out: Path | None) -> int:
             f"  {name:9}  benefit {row['benefit']:+.3f} dB  regret {row['regret']:.3f} dB  adapts {row['adapted']:.0%}"
         )
     if out:
-        keys = sha256_json([result["keys"] for result in treated.values()])
-        save_predictor(out, fit(rows, benefit, names), {"arm": arm, "clips": len(benefit), "results": keys})
-        print(f"predictor: {out}")
+        videos = [treated[clip_id]["keys"]["clip"] for clip_id in pairs.clips]
+        settings = fitted_settings(treated[pairs.clips[0]]["settings"])
+        save_predictor(out, Fitted(fit(rows, benefit, names), arm, settings, videos, sorted(set(groups))))
+        print(f"predictor: {out}; vidtta run RECIPE gate.{arm}.predictor={out} adapts only where it foresees a gain")
     return 0

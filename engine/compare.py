@@ -10,6 +10,7 @@ from .files import sha256_json
 from .rundir import first_difference, read_json
 from .statistics import PairedDifference, Pairs, holm, pair_results, variance_components
 from .statistics.pairing import Result, Unit
+from .tradeoffs import equal_time_lines, front_lines
 
 SCORES = {"psnr": ("PSNR dB", 2), "ssim": ("SSIM", 4), "lpips": ("LPIPS", 4)}
 MOST_NAMED = 5  # clips in a sentence
@@ -118,6 +119,9 @@ def print_comparison(compared: list[Compared]) -> None:
             said.setdefault(sentence, []).append(row.arm)
     for sentence, arms in said.items():
         console.print(f"{', '.join(arms)}: {sentence}", soft_wrap=True)
+    name, _ = SCORES["psnr"]
+    for sentence in (*equal_time_lines(compared, "psnr", name), *front_lines(compared, "psnr", name)):
+        console.print(sentence, soft_wrap=True)
 
 
 def _probability(value: float) -> str:
@@ -153,9 +157,19 @@ def _remarks(row: Compared) -> Iterable[str]:
             f"the PSNR difference varies by {parts.between_clips**0.5:.2f} dB from clip to clip "
             f"and by {parts.sampling**0.5:.2f} dB from seed to seed on one clip"
         )
-    paths = [(row.pairs.baseline[unit].get("paths"), result.get("paths")) for unit, result in row.pairs.treated.items()]
+    both = [(row.pairs.baseline[unit], result) for unit, result in row.pairs.treated.items()]
+    paths = [(_shaping(before), _shaping(now)) for before, now in both]
     if other := next((first_difference(*pair) for pair in paths if pair[0] != pair[1]), None):
         yield f"the baseline took another path ({other}), which may shift scores by itself"
+
+
+def _shaping(result: Result) -> dict[str, Any]:
+    """Of a result's paths, those that shape a baseline's video too; why they were chosen is words."""
+    return {
+        name: value
+        for name, value in (result.get("paths") or {}).items()
+        if name not in ("why", "training", "features")
+    }
 
 
 def _refuse_other_protocols(found: dict[Path, list[Result]]) -> None:

@@ -7,6 +7,9 @@ For the primary score, signed so that more is better, of the paired differences 
     mixed         neither, and at least `mixed_share` of the clips gain `smallest` and as many lose it. With several samples or seeds a
                   clip, the clips must also differ by more than the sampler's noise does; with one that cannot be told, and is said
     none          neither of these. Where the run could not have shown `smallest`, that is said: it is then no evidence of absence
+
+An improvement must also beat the arm's placebos, where the run has them: adapted on another clip, and changed at random by an equal norm.
+The interval of the paired difference to each must lie above 0; else the outcome is none, and it is said which placebo did as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +17,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from .arms import PLACEBOS
 from .compare import SCORES, Compared, compare_arms, read_results
 from .errors import UserError
 from .statistics import variance_components
 from .statistics.pairing import HIGHER_IS_BETTER
+from .tradeoffs import against, beats, placebo_of, placebos
 
 Outcome = Literal["improvement", "none", "degradation", "mixed"]
 NEXT: dict[Outcome, str] = {
@@ -73,8 +78,9 @@ def parse_thresholds(overrides: Sequence[str]) -> Thresholds:
     return thresholds
 
 
-def decide_arm(row: Compared, thresholds: Thresholds) -> Decision | None:
-    """The outcome of one arm; None where it shares no clip with the baseline, or a result lacks the score."""
+def decide_arm(row: Compared, thresholds: Thresholds, compared: Sequence[Compared] = ()) -> Decision | None:
+    """The outcome of one arm; None where it shares no clip with the baseline, or a result lacks the score. compared: all arms of
+    the run, among which its placebos are looked for."""
     found, values = row.scores[thresholds.metric], row.pairs.differences(thresholds.metric)
     if found is None or not values:
         return None
@@ -92,24 +98,42 @@ def decide_arm(row: Compared, thresholds: Thresholds) -> Decision | None:
         )
     outcome: Outcome = "none"
     if ends and ends[0] > 0 and mean >= small and found.win_rate >= thresholds.win_rate:
-        outcome = "improvement"
+        better, sentences = _beside_placebos(row, thresholds.metric, compared)
+        outcome = "improvement" if better else "none"
+        said += sentences
     elif ends and ends[1] < 0 and mean <= -small:
         outcome = "degradation"
     elif min(gain, loss) >= thresholds.mixed_share and (parts is None or parts.between_clips > parts.sampling):
         outcome = "mixed"
         if parts is None:
             said.append("one sample a clip cannot tell this from the sampler's noise: give samples=10")
-    if outcome == "none":
-        if found.smallest_detectable is None:
-            said.append("one independent clip has no interval, so it shows nothing")
-        elif found.smallest_detectable > small:
-            said.append(
-                f"this many clips could have shown {found.smallest_detectable:.3g} and no less, so this is no evidence of absence: "
-                "take more clips"
-            )
+    elif found.smallest_detectable is None:
+        said.append("one independent clip has no interval, so it shows nothing")
+    elif found.smallest_detectable > small:
+        said.append(
+            f"this many clips could have shown {found.smallest_detectable:.3g} and no less, so this is no evidence of absence: "
+            "take more clips"
+        )
     if found.warning:
         said.append(found.warning)
     return Decision(outcome, tuple(said))
+
+
+def _beside_placebos(row: Compared, score: str, compared: Sequence[Compared]) -> tuple[bool, list[str]]:
+    """Whether an arm that gains does so beyond each of its placebos, and what to say of it."""
+    found = placebos(row, compared)
+    better, said = True, []
+    for kind, placebo in found.items():
+        beside = against(row, placebo, score)
+        if beside is None:
+            continue
+        said.append(f"against its placebo, {PLACEBOS[kind]}: {beside.text(SCORES[score][1])}")
+        if not beats(beside, score):
+            better, owed = False, "this clip" if kind == "other_clip" else "what was learnt"
+            said[-1] += f"; not shown to be better, so the gain may not be owed to {owed}, and is no improvement"
+    if compared and not found:
+        said.append("no placebo ran, so this may be what any adapting brings: give placebos: [ARM]")
+    return better, said
 
 
 def decide(root: Path, overrides: Sequence[str]) -> int:
@@ -125,15 +149,23 @@ def decision_lines(compared: Sequence[Compared], thresholds: Thresholds) -> Iter
     settings = ", ".join(f"{field.name}={getattr(thresholds, field.name)}" for field in fields(Thresholds))
     yield f"thresholds: {settings}"
     for row in compared:
-        decision = decide_arm(row, thresholds)
+        if kind := placebo_of(row):
+            yield f"{row.arm}: a placebo, {PLACEBOS[kind]}"
+            yield from _score_lines(row, thresholds)
+            continue
+        decision = decide_arm(row, thresholds, compared)
         if decision is None:
             yield f"{row.arm}: no clip in common with the baseline, or no {thresholds.metric}"
             continue
         yield f"{row.arm}: {decision.outcome}"
-        for score, (name, digits) in SCORES.items():
-            if found := row.scores[score]:
-                primary = ", primary" if score == thresholds.metric else ""
-                yield f"  {name} {found.text(digits)}, better on {found.win_rate:.0%} of {found.n} clips{primary}"
+        yield from _score_lines(row, thresholds)
         for reason in decision.reasons:
             yield f"  {reason}"
         yield f"  next: {NEXT[decision.outcome]}"
+
+
+def _score_lines(row: Compared, thresholds: Thresholds) -> Iterator[str]:
+    for score, (name, digits) in SCORES.items():
+        if found := row.scores[score]:
+            primary = ", primary" if score == thresholds.metric else ""
+            yield f"  {name} {found.text(digits)}, better on {found.win_rate:.0%} of {found.n} clips{primary}"

@@ -18,6 +18,7 @@ from .adaptation import AdaptationSettings
 from .data.clips import Data
 from .diagnostics import DiagnosticSettings
 from .errors import UserError
+from .gate import GateSettings
 from .methods import METHODS, AnyMethod
 from .models.load import ModelSettings
 from .recipe_checks import BASELINE, contradictions, unread, warnings
@@ -94,6 +95,8 @@ class Recipe:
     """Arms that also run as placebos: adapted on another clip, and changed at random by an equal norm."""
     search: Search | None = None
     """A grid over the settings of one arm."""
+    gate: dict[ArmName, GateSettings] = field(default_factory=dict)
+    """Arms that adapt only where a saved predictor foresees a gain: the arm's name, then `predictor` and `threshold`."""
     samples: Annotated[int, Field(ge=1)] = 1
     """Continuations a clip and arm, from one adapted network and different noise; all are scored, the first is kept and shown."""
     scores: ScoreSettings = field(default_factory=ScoreSettings)
@@ -165,7 +168,7 @@ def recipe_schema() -> dict[str, Any]:
     for method in METHODS.values():
         types[method.__name__]["required"] = ["kind"]
     arms = schema["properties"]["arms"]
-    arms["additionalProperties"] = False
+    arms["additionalProperties"] = schema["properties"]["gate"]["additionalProperties"] = False
     (method_schema,) = arms["patternProperties"].values()
     schema["properties"]["method"] = {"description": "The one method of a recipe without arms.", **method_schema}
     schema["properties"]["base"] = {

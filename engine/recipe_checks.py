@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .adaptation import AdaptationSettings
 from .arms import PLACEBOS
+from .gate import check_gates
 from .methods import Delta, DeltaClosedForm
 from .methods import adapts as method_adapts
 from .search import check_search
@@ -53,6 +54,21 @@ UNREAD = [
         lambda r: not (r.sampler.oscillate_text or r.sampler.oscillate_image),
         "with sampler.oscillate_text and sampler.oscillate_image off every step guides",
     ),
+    *(
+        Unread(
+            ("search", name),
+            ("search.sampler",),
+            lambda r: r.search is not None and r.search.sampler == "grid",
+            "with search.sampler: grid every combination runs on every clip",
+        )
+        for name in ("trials", "startup_trials", "prune_p", "prune_after")
+    ),
+    Unread(
+        ("search", "snapshots"),
+        ("search.sampler",),
+        lambda r: r.search is not None and r.search.sampler == "optuna",
+        "Optuna's trials run one by one",
+    ),
 ]
 
 
@@ -95,6 +111,8 @@ def contradictions(recipe: "Recipe") -> list[tuple[tuple[str, ...], str]]:
         found.append((("placebos",), f"would make an arm named {clash[0]!r}, which arms already has; rename that arm"))
     if why := check_search(recipe):
         found.append((("search",), why))
+    if why := check_gates(recipe):
+        found.append((("gate",), why))
     return found
 
 

@@ -20,7 +20,12 @@ def recipe_reference(schema: Schema) -> str:
     top, sections = [], []
     for key, field in schema["properties"].items():
         held = _object(field, types)
-        if held:
+        named = next(iter(field.get("patternProperties", {}).values()), {})
+        if "$ref" in named:  # settings under names of the user's own
+            inner = types[named["$ref"].rpartition("/")[2]]
+            sections.append(f"## {key}\n\n{_sentence(inner)}\n\n{_table(_rows(inner, types, f'{key}.NAME.'))}")
+            top.append((key, "settings by name, see below", field))
+        elif held:
             sections.append(f"## {key}\n\n{field.get('description', '')}\n\n{_table(_rows(held, types, f'{key}.'))}")
         else:
             kind = (

@@ -1,12 +1,17 @@
-"""What a run writes beside its results: the recipe, the environment and the choices at its start; why a clip has no result."""
+"""What a run writes beside its results: recipe, environment and choices at its start; why a clip has no result; what `keep` names."""
 
 import sys
 import traceback
 
+import torch
+from torch import Tensor
+
+from .clip import Outcome
 from .data.clips import Clip
+from .data.video import to_uint8, write_video
 from .environment import describe_environment
 from .errors import MachineFailed, UserError
-from .files import write_json, write_text
+from .files import write_json, write_json_once, write_tensors, write_text
 from .rundir import first_difference, read_json
 from .session import Session
 
@@ -32,9 +37,21 @@ def write_head(session: Session) -> None:
         raise UserError(f"output_dir {root}: cannot be written ({error.strerror}); choose another") from error
     if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
         write_json(root / "environment.json", describe_environment(session.models.dit.device))
-    ours, theirs = session.describe_paths(), read_json(root / "choices.json")
-    if theirs is None:
-        write_json(root / "choices.json", ours)
-    elif theirs != ours:
+    ours = session.describe_paths()
+    write_json_once(root / "choices.json", ours)
+    held = read_json(root / "choices.json") or {}
+    theirs = {name: value for name, value in held.items() if name != "measured"}
+    if theirs != ours:
         where = first_difference(theirs, ours)
         print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
+
+
+def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
+    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
+    folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
+    if "video" in keep:
+        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
+        write_video(folder / "video.mp4", video, window.fps)
+    for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
+        if name in keep and tensors:
+            write_tensors(folder / f"{name}.safetensors", tensors)

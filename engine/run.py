@@ -1,47 +1,47 @@
 """A recipe, run: every arm on every clip, each result on disk before the next clip begins."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .cluster.attempts import persist
 from .cluster.machine import NO_SPACE, system_errors_told
-from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
+from .cluster.place import share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
 from .continual import Carried
-from .data.clips import Clip, clip_hash, list_clips
+from .data.clips import Clip, clip_hash
 from .data.prepared import check_prepared
 from .data.read import read_clip
-from .data.video import to_model, to_uint8, write_video
+from .data.video import to_model
 from .diagnostics import Curves, HeldOut
-from .errors import Interrupted, MachineFailed, UserError
-from .files import remove_abandoned, sha256_json, sha256_tensor, write_json, write_tensors
+from .errors import Interrupted, MachineFailed
+from .files import remove_abandoned, sha256_json, sha256_tensor, write_json
 from .fisher import prepare_fisher, validation_clips
+from .gate import SEEN, Decision, decide
 from .methods import adapts
+from .methods.none import NoAdapter
 from .methods.protocol import Adapter, GradientAdapter
-from .metrics.lpips import LPIPS
-from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
-from .models.load import load_models
 from .models.stdit3 import Caption
 from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
-from .records import write_failure, write_head
+from .records import write_failure, write_head, write_kept
 from .references import means
-from .rundir import RunDirectory, check_paired, clip_settings
-from .search import confirmation, raise_unless_disjoint, summarise, trajectories
+from .rundir import check_paired, clip_settings
+from .search import confirmation, summarise, trajectories
 from .session import Session
+from .start import prepare
 from .stop import StopFlag, stop_flag
-from .summary import Row, marks_of, print_summary, write_comparisons, write_summary
+from .study import run_study, trials_left
+from .summary import marks_of, print_summary, write_comparisons, write_last_summary, write_summary
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -58,7 +58,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     """
     place = this_place()
     share_compile_cache(Path(recipe.output_dir))
-    session = prepare(recipe, batch_start, batch_end, place)
+    session = prepare(recipe, batch_start, batch_end, place, print if not quiet else lambda text: None)
     directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
     trained = dict.fromkeys(todo, 0)
@@ -70,6 +70,9 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         print("\n".join(plan_lines(session, todo, trained)), flush=True)
     failed = 0
     clips = sum(map(len, todo.values()))
+    optuna = recipe.search is not None and recipe.search.sampler == "optuna"
+    if optuna:
+        clips += trials_left(session, place, batch_start, batch_end) * len(session.clips)
     with (
         system_errors_told(directory.root),
         stop_flag() as stop,
@@ -85,6 +88,14 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
         try:
             for group in trajectories(recipe, arms):
                 failed += run_arms(session, group, todo, progress, presence, stop)
+            trials = []
+            if optuna:
+                trials = run_study(
+                    session,
+                    lambda one, arm, clips, halt: run_arms(one, [arm], {arm: clips}, progress, presence, stop, halt),
+                    progress.say,
+                )
+                arms += dict.fromkeys(trial["arm"] for trial in trials)
             for sentence in write_comparisons(
                 directory, session.clips, list(recipe.arms), recipe.window, bool(session.marks), stop.check
             ):
@@ -93,10 +104,11 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             write_summary(directory, session.listed, arms)
             print(f"{reason}; finished clips are kept, and the same command goes on from here", file=sys.stderr)
             return reason.exit_status
-        rows = write_last_summary(session)
-        searched = summarise(session) if recipe.search else None
+        rows = write_last_summary(directory, session.listed, arms)
+        searched = summarise(session, trials) if recipe.search else None
+    shown = [arm for arm in arms if arm not in {trial["arm"] for trial in trials if trial["state"] != "complete"}]
     if not quiet:
-        print_summary(rows, arms, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
+        print_summary(rows, shown, tuple(dict.fromkeys([*session.marks, *marks_of(rows)])))
         print(f"results: {directory.root}   videos side by side: {directory.root / 'comparisons'}")
     if failed:
         where = directory.root / "arms" / "*" / "clips" / "*" / "failure.json"
@@ -110,48 +122,6 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     return 1 if failed else 0
 
 
-def write_last_summary(session: Session) -> list[Row]:
-    """Write the summary; again where tasks finished clips meanwhile, so that the last of several that end at once has them all."""
-    directory, before = session.directory, -1
-    while before != (before := directory.count_results()):
-        rows = write_summary(directory, session.listed, list(session.arms))
-    return rows
-
-
-def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, place: Place) -> Session:
-    """List the clips and load the models; whatever is missing for the whole run is said here, before the first clip."""
-    from .recipe import warnings
-
-    folder, output = Path(recipe.data.clips).resolve(), Path(recipe.output_dir)
-    if folder.is_dir() and output.resolve().is_relative_to(folder):
-        raise UserError(
-            f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
-        )
-    clips = list_clips(recipe.data, Path.cwd())
-    chosen = clips[batch_start:batch_end]
-    if not chosen:
-        raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
-    chosen = place.share(chosen)
-    reason = LPIPS.available()
-    if reason and recipe.scores.lpips == "required":
-        raise UserError(
-            f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty"
-        )
-    if recipe.scores.flow != "none":
-        require_flow(recipe.scores.flow)
-    models = load_models(recipe.model)
-    lpips = LPIPS() if reason is None else None
-    session = Session(
-        recipe, RunDirectory(output), models, clips, chosen, lpips, reason, models.marks, tuple(warnings(recipe))
-    )
-    if recipe.placebos and len(clips) < 2:
-        raise UserError(
-            f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
-        )
-    raise_unless_disjoint(session)
-    return session
-
-
 def run_arms(
     session: Session,
     group: list[str],
@@ -159,9 +129,10 @@ def run_arms(
     progress: RunProgress,
     presence: Presence,
     stop: StopFlag,
+    halt: Callable[[Clip], bool] = lambda clip: False,
 ) -> int:
     """One method on its clips, or several that share its trajectory, from the fewest steps to the most; returns how many results
-    failed. Afterwards the network is bit for bit as before.
+    failed. Afterwards the network is bit for bit as before. halt(clip): whether to end before a clip.
     """
     waiting = {arm: {clip.id for clip in todo[arm]} for arm in group if todo[arm]}
     if not waiting:
@@ -192,6 +163,8 @@ def run_arms(
         observer = curves_of(session, arm, step)
         for clip in clips:
             stop.check()
+            if halt(clip):
+                break
             now = [name for name, ids in waiting.items() if clip.id in ids and not session.finished(name, clip)]
             if not now:
                 progress.finished(f"{arm}  {clip.id}  made by another task")
@@ -310,10 +283,16 @@ def run_clip(
     with timed(seconds, "read", device):
         shown = read(session, clip)
     latents, seconds["encode"] = session.known_latents(clip, shown.content, shown.pixels)
+    known = Known(clip.id, latents, captions[clip.id].to(device))
+    decision = decide(session, arm, clip, shown.content, shown.frames, known, adapter)
+    if decision and not decision.adapted:
+        with adapter.suspended():
+            outcome = continue_clip(session.experiment, known, NoAdapter(), progress=progress)
+        return record(session, arm, clip, shown, seconds, None, retries, outcome, decision)
     other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
     outcome = continue_clip(
         session.experiment,
-        Known(clip.id, latents, captions[clip.id].to(device)),
+        known,
         adapter,
         adapt_on=other,
         randomize=session.placebo_generator(clip.id) if placebo == "random" else None,
@@ -326,7 +305,7 @@ def run_clip(
         },
         progress=progress,
     )
-    return record(session, arm, clip, shown, seconds, curves, retries, outcome)
+    return record(session, arm, clip, shown, seconds, curves, retries, outcome, decision)
 
 
 def record(
@@ -338,11 +317,16 @@ def record(
     curves: Curves | None,
     retries: tuple[str, ...],
     outcome: Outcome,
+    decision: Decision | None = None,
 ) -> dict[str, Any]:
     """Score what a method made of a clip and write it; returns the result. seconds: of reading and encoding;
-    retries: why it was tried again."""
+    retries: why it was tried again; decision: the gate's."""
     window, pixels = session.recipe.window, shown.pixels
     seconds |= outcome.seconds
+    marks = [*session.marks, *([CONTINUAL] if session.continual(arm) else [])]
+    if decision:
+        seconds["adapt"] += decision.seconds
+        marks += [SEEN] if decision.seen else []
     with timed(seconds, "score", session.models.dit.device):
         scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
     session.write_references(clip, shown.content, pixels)
@@ -356,7 +340,7 @@ def record(
         "arm": arm,
         **clip_settings(clip),
         "meta": clip.meta,
-        "marks": [*session.marks, *([CONTINUAL] if session.continual(arm) else [])],
+        "marks": marks,
         "warnings": [*session.warnings],
         "retries": [*retries],
         "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
@@ -368,9 +352,10 @@ def record(
         "made_from": made_from,
         "generated": sha256_tensor(outcome.latents),
         "adaptation": describe(outcome),
+        **({"gate": decision.describe()} if decision else {}),
         "scores": scores,
         **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
-        "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
+        "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes, **outcome.compiled},
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)
@@ -381,20 +366,11 @@ def record(
     return result
 
 
-def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
-    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
-    folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
-    if "video" in keep:
-        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
-        write_video(folder / "video.mp4", video, window.fps)
-    for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
-        if name in keep and tensors:
-            write_tensors(folder / f"{name}.safetensors", tensors)
-
-
 def _line(arm: str, clip_id: str, result: dict[str, Any]) -> str:
-    scores, cost = result["scores"], result["cost"]["seconds"]
+    scores, cost, gate = result["scores"], result["cost"]["seconds"], result.get("gate")
+    foreseen = f"  foreseen {gate['predicted']:+.2f} dB: {'' if gate['adapted'] else 'not '}adapted" if gate else ""
     return (
         f"{arm}  {clip_id}  PSNR {scores['psnr']['mean']:.2f} dB  SSIM {scores['ssim']['mean']:.4f}  "
         f"adapt {cost['adapt']:.1f} s  sample {cost['sample']:.1f} s"
+        f"{foreseen}"
     )

@@ -10,12 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .arms import Arm, arms_of
+from .choices import PLAIN, Choices
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
 from .data.video import to_uint8, write_video
 from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
+from .gate import Gate, load_gate
 from .methods import adapts
 from .methods.optimize import AdamW
 from .methods.protocol import Adapter
@@ -48,10 +50,24 @@ class Session:
     marks: tuple[str, ...]
     """What must be said beside every result."""
     warnings: tuple[str, ...] = ()
+    choices: Choices = PLAIN
+    """Which path computes each kind of work."""
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
         return arms_of(self.recipe)
+
+    @cached_property
+    def gates(self) -> dict[str, Gate]:
+        """The gates by the arm that the recipe gives them to. Raises UserError where a predictor does not fit its arm."""
+        return {
+            name: load_gate(name, settings, self._ungated_settings(name)) for name, settings in self.recipe.gate.items()
+        }
+
+    def gate(self, arm: str) -> Gate | None:
+        """What decides whether an arm adapts to a clip; None where it always does."""
+        name = self.arms[arm].gate
+        return None if name is None else self.gates[name]
 
     @property
     def baseline(self) -> str:
@@ -113,7 +129,7 @@ class Session:
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything that shapes a video except the method and the clip, as plain JSON; what a user writes comes first."""
-        r = self.recipe
+        r, paths = self.recipe, self.choices.shaping_videos()
         return plain_json(
             {
                 "seed": r.seed,
@@ -125,15 +141,22 @@ class Session:
                 "dtype": r.model.dtype,
                 "device": self.models.dit.device.type,
                 "weights": self.models.hashes,
+                **({"paths": paths} if paths else {}),
             }
         )
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
+        gate = self.gate(arm)
+        return self._ungated_settings(arm) | ({"gate": gate.describe()} if gate else {})
+
+    def _ungated_settings(self, arm: str) -> dict[str, Any]:
         method = self.arms[arm].method
         value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
         if adapts(method):
             value["adaptation"] = asdict(self.recipe.adaptation)
+            if paths := self.choices.shaping_adaptation():
+                value["paths"] = paths
         if placebo := self.arms[arm].placebo:
             value["placebo"] = placebo
         return plain_json(value)
@@ -184,7 +207,8 @@ class Session:
             return False
         if len(result.get("samples", [None])) < self.recipe.samples:
             return False
-        folder, adapted = self.directory.clip(arm, clip.id), adapts(self.arms[arm].method)
+        folder = self.directory.clip(arm, clip.id)
+        adapted = adapts(self.arms[arm].method) and result.get("gate", {}).get("adapted", True)
         if adapted and self.recipe.diagnostics.wanted and not (folder / "curves.json").exists():
             return False
         files = {"video": "video.mp4", "latents": "latents.safetensors", "adapter": "adapter.safetensors"}
@@ -221,14 +245,16 @@ class Session:
         path = self.directory.shared / "latents" / f"{clip.id}-{self._vae_key(content)[:16]}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("latents").to(pixels_3FHW.device), float(file.metadata()["seconds"])
+                # A copy, since a file's tensors lie at any address, and on a CPU some operations round by how theirs is aligned.
+                latents, seconds = file.get_tensor("latents").clone(), float(file.metadata()["seconds"])
+            return latents.to(pixels_3FHW.device), seconds
         except (OSError, SafetensorError, KeyError, TypeError):
             pass  # not there yet, or damaged: made again
-        seconds: dict[str, float] = {}
-        with timed(seconds, "encode", pixels_3FHW.device):
+        taken: dict[str, float] = {}
+        with timed(taken, "encode", pixels_3FHW.device):
             latents = self.encode(clip, pixels_3FHW)
-        write_tensors(path, {"latents": latents}, {"seconds": str(seconds["encode"])})
-        return latents, seconds["encode"]
+        write_tensors(path, {"latents": latents}, {"seconds": str(taken["encode"])})
+        return latents, taken["encode"]
 
     def encode(self, clip: Clip, pixels_3FHW: Tensor) -> Tensor:
         """Latents of a clip's known frames, of the posterior's mode or its sample, as the recipe says."""
@@ -268,9 +294,12 @@ class Session:
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""
         protocol = self.protocol
-        return sha256_json(
-            [content, self.models.hashes["vae"], *(protocol[n] for n in ("seed", "window", "size", "dtype", "device"))]
-        )
+        parts = [
+            content,
+            self.models.hashes["vae"],
+            *(protocol[n] for n in ("seed", "window", "size", "dtype", "device")),
+        ]
+        return sha256_json(parts if self.choices.vae == "plain" else [*parts, self.choices.vae])
 
     def describe_window(self) -> dict[str, Any]:
         """Which frames were seen and which were scored; pixel frames counted from 1, ends included."""
@@ -299,9 +328,7 @@ class Session:
             "threads": torch.get_num_threads() if self.models.dit.device.type == "cpu" else None,
             "vidtta": describe_code(),
             "torch": torch.__version__,
-            "attention": "torch scaled_dot_product_attention",
-            "compile": "none",
-            "kernels": "none",
+            **self.choices.to_json(),
             "posterior": self.recipe.window.posterior,
         }
 

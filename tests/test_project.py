@@ -56,7 +56,14 @@ def test_imports_point_one_way(folder):
 def test_models_methods_and_benches_import_without_optional_packages():
     """On a machine with torch, triton, numpy and pyyaml alone."""
     absent = ("pydantic", "av", "lpips", "transformers", "cv2", "rich", "torchvision", "safetensors", "ftfy", "bs4")
-    names = ["vidtta.bench.clip", "vidtta.engine.clip", "vidtta.engine.methods", "vidtta.engine.metrics"]
+    names = [
+        "vidtta.bench.clip",
+        "vidtta.bench.methods",
+        "vidtta.engine.choose",
+        "vidtta.engine.clip",
+        "vidtta.engine.methods",
+        "vidtta.engine.metrics",
+    ]
     program = f"import sys\nfor name in {absent}: sys.modules[name] = None\nfor name in {names}: __import__(name)\n"
     run(sys.executable, "-c", program)
 

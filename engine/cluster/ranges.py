@@ -40,12 +40,14 @@ def plan_ranges(
     target: float,
     largest_array: int,
     gpus: int = 1,
+    together: int = 1,
 ) -> Ranges:
     """Ranges of equal length that a task is likely to finish in `target` seconds, and in any case below its time limit.
 
     unfinished: of each clip of the list, whether it lacks a result. limit: the tasks' time limit in seconds; gpus: tasks that
     share a range; largest_array: Slurm's MaxArraySize, which indices stay below: where it forces longer ranges than fit into
-    the limit, tasks are requeued and go on. Raises UserError where not even one clip fits into the limit.
+    the limit, tasks are requeued and go on. together: clips in a row that must not be split, of which ranges hold a multiple.
+    Raises UserError where not even one clip fits into the limit.
     """
     usable = limit - LEAD - STARTING
     if seconds_a_clip > usable:
@@ -54,6 +56,7 @@ def plan_ranges(
             "would ever finish one; ask for more with --time"
         )
     clips = max(gpus, int(min(target, usable) / seconds_a_clip) * gpus, -(-len(unfinished) // largest_array))
+    clips = -(-clips // together) * together
     starts = range(0, len(unfinished), clips)
     tasks = tuple(k for k, start in enumerate(starts) if any(unfinished[start : start + clips]))
     return Ranges(clips, tasks, clips * seconds_a_clip / gpus)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arms import arms_of
-from ..data.clips import list_clips
 from ..errors import UserError
 from ..rundir import RunDirectory
+from ..split import clips_of
 from .presence import running
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def status_of(root: Path) -> RunStatus:
 
 def _clip_ids(recipe: "Recipe", directory: RunDirectory) -> tuple[list[str], str]:
     try:
-        return [clip.id for clip in list_clips(recipe.data, Path.cwd())], ""
+        return [clip.id for clip in clips_of(recipe)], ""
     except UserError as error:
         found = sorted({path.parent.name for path in directory.root.glob("arms/*/clips/*/*.json")})
         return found, f"the list of clips cannot be read ({error}); counted are those that have a folder"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arms import arms_of
-from ..data.clips import list_clips
+from ..continual import stretch
 from ..errors import UserError
 from ..rundir import RunDirectory
+from ..split import clips_of
 from . import slurm
 from .ranges import LEAD, STARTING, Ranges, limit_text, plan_ranges, seconds_of
 from .status import cost_of, duration
@@ -112,10 +113,16 @@ def plan_stage(name: str, overrides: Sequence[str], wishes: Wishes, largest_arra
     from ..recipe import load_recipe
 
     recipe = load_recipe(name, overrides)
-    clips = list_clips(recipe.data, Path.cwd())
+    clips = clips_of(recipe)
     directory, arms = RunDirectory(Path(recipe.output_dir)), list(arms_of(recipe))
     paths = [[directory.clip(arm, clip.id) / "result.json" for arm in arms] for clip in clips]
     unfinished = [not all(path.exists() for path in row) for row in paths]
+    together = stretch(recipe, len(clips))
+    if together >= len(clips) > 1 and wishes.gpus > 1:
+        raise UserError(
+            f"{name}: adaptation.reset is {recipe.adaptation.reset}, so a clip starts from where the one before it ended and --gpus "
+            f"{wishes.gpus} would cut through that; leave --gpus out, or set adaptation.reset=clip"
+        )
     seconds, why = (wishes.seconds_a_clip, "as given") if wishes.seconds_a_clip else measure(directory, arms)
     ranges = plan_ranges(
         unfinished,
@@ -124,6 +131,7 @@ def plan_stage(name: str, overrides: Sequence[str], wishes: Wishes, largest_arra
         target=wishes.hours * 3600,
         largest_array=largest_array,
         gpus=wishes.gpus,
+        together=together,
     )
     return Stage(name, recipe, len(clips), sum(unfinished), ranges, seconds, why)
 

@@ -112,7 +112,7 @@ class Trainer:
         if self.cards.device.type == "cpu":
             return compute(*inputs)
         if kind not in self.records:
-            self.records[kind] = Recorded(compute, inputs)
+            self.records[kind] = Recorded(compute, inputs, warm_ups=3)
             self.gradient.zero_()
         return self.records[kind](*inputs).clone()
 

@@ -9,6 +9,7 @@ import numpy as np
 from ..files import sha256_json
 from ..statistics.bootstrap import cluster, student_reach
 from ..statistics.pairing import HIGHER_IS_BETTER, Result, group_of
+from ..statistics.pareto import pareto_front
 from .gather import CURVES, FRAME_SCORES, Arm, Evidence
 
 GIB = 2**30
@@ -41,19 +42,6 @@ def family_of(arm: Arm) -> str:
     """Equal for arms that differ in the number of steps alone, whose points make a curve of quality against seconds."""
     settings = {key: value for key, value in arm.settings["method"].items() if key != "steps"}
     return sha256_json([settings, arm.settings.get("adaptation"), arm.placebo])[:12]
-
-
-def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Names of (cost, quality) points that no other beats in one without losing in the other, from cheap to dear.
-
-    Less cost and more quality are better; of equal points all stay.
-    """
-
-    def beaten(name: str) -> bool:
-        cost, quality = points[name]
-        return any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points.values())
-
-    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
 
 
 def front(evidence: Evidence, cost: str, score: str) -> list[str]:

@@ -54,7 +54,7 @@ def _read(path: Path, prompt: str) -> EncodedText | None:
     """The stored result; None where the file is absent, unreadable or damaged."""
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata, embedding_LC = stored.metadata() or {}, stored.get_tensor("embedding")
+            metadata, embedding_LC = stored.metadata() or {}, stored.get_tensor("embedding").clone()
     except (OSError, SafetensorError):
         return None
     whole = metadata.get("prompt") == prompt and metadata.get("sha256") == _digest(embedding_LC)

@@ -149,6 +149,28 @@ def not_restored(patch: Patch) -> None:
     patch.setattr(FullAdapter, "restore", lambda self: None)
 
 
+def restored_off_by_a_bit(patch: Patch) -> None:
+    restore = FullAdapter.restore
+
+    def nearly(self):
+        restore(self)
+        if self.trace.steps:
+            next(iter(self.trained.values())).data.view(-1).view(torch.int32)[0] ^= 1
+
+    patch.setattr(FullAdapter, "restore", nearly)
+
+
+def adapted_against_the_gate(patch: Patch) -> None:
+    run_clip, adapters = run_module.run_clip, []
+
+    def follow(session, arm, clip, captions, adapter, *rest):
+        adapters.append(adapter)
+        return run_clip(session, arm, clip, captions, adapter, *rest)
+
+    patch.setattr(run_module, "run_clip", follow)
+    patch.setattr(run_module, "NoAdapter", lambda: adapters[-1])
+
+
 def more_changed_than_trained(patch: Patch) -> None:
     adapt = FullAdapter.adapt
 

@@ -16,10 +16,24 @@ def settings(kind, seed=0, size=480, **method):
     return {"protocol": {"seed": seed, "size": size}, "method": {"kind": kind, **method}}
 
 
-def write_arm(root, arm, gains, kind="none", *, seed=0, size=480, lpips=True, groups=0, card="H200", **method):
-    """A result a clip: clip k scores 20 + k dB and its gain."""
+def write_arm(
+    root,
+    arm,
+    gains,
+    kind="none",
+    *,
+    seed=0,
+    size=480,
+    lpips=True,
+    groups=0,
+    card="H200",
+    placebo=None,
+    cost=(),
+    **method,
+):
+    """A result a clip: clip k scores 20 + k dB and its gain. cost: seconds a clip, peak of memory in GiB."""
     for k, gain in enumerate(gains):
-        made = settings(kind, seed, size, **method)
+        made = settings(kind, seed, size, **method) | ({"placebo": placebo} if placebo else {})
         psnr = 20.0 + k + gain
         result = {
             "clip": f"c{k}",
@@ -37,8 +51,11 @@ def write_arm(root, arm, gains, kind="none", *, seed=0, size=480, lpips=True, gr
                 "ssim": {"mean": psnr / 100},
                 "lpips": {"mean": 1 - psnr / 100 if lpips else None},
             },
-            "cost": {"seconds": {"adapt": 2.0}},
+            "cost": {"seconds": {"adapt": 2.0}, "peak_memory_bytes": None},
         }
+        if cost:
+            phases = {"encode": 1.0, "adapt": 2.0, "sample": cost[0] - 4.0, "decode": 1.0, "score": 99.0}
+            result["cost"] = {"seconds": phases, "peak_memory_bytes": cost[1] * 2**30}
         RunDirectory(root).write_result(arm, f"c{k}", result)
     return root
 
@@ -130,3 +147,25 @@ def test_folders_without_results_and_baselines_alone_are_refused(tmp_path, capsy
     )
     base = write_arm(tmp_path / "base", "baseline", np.zeros(2))
     assert "the baseline is the only arm; add a run with a method" in said(capsys, base)[2]
+
+
+def test_fronts_and_equal_time_are_said(tmp_path, capsys):
+    root = write_arm(tmp_path / "run", "baseline", np.zeros(40), cost=(14, 20))
+    write_arm(root, "full", GAINS, "full", cost=(24, 55))
+    write_arm(root, "full-random", GAINS + 9, "full", placebo="random", cost=(5, 1))  # a placebo is no method
+    write_arm(root, "lora", GAINS / 2, "lora", cost=(20, 22))
+    write_arm(root, "slow", GAINS / 3, "lora", cost=(30, 22), lr=1.0)
+    write_arm(root, "equal_time", GAINS * 0 + 0.01, "more_sampling", cost=(23, 20))
+    _, out, _ = said(capsys, root)
+    half, mean = f"{GAINS.mean() / 2:+.2f}", f"{GAINS.mean():+.2f}"
+    time = f"front of PSNR dB against time a clip: no adaptation (14.0 s, +0.00), lora (20.0 s, {half}), full (24.0 s, {mean})"
+    assert f"{time}; behind it: equal_time, slow\n" in out
+    memory = "front of PSNR dB against memory a clip: equal_time (20.0 GiB, +0.01), lora (22.0 GiB, "
+    assert memory in out and "; behind it: no adaptation, slow\n" in out
+    against = "full (24.0 s a clip) against the same time in more sampling, equal_time (23.0 s): "
+    (line,) = (line for line in out.splitlines() if line.startswith(against))
+    assert f"{GAINS.mean() - 0.01:+.2f} [" in line and line.endswith("dB, it is worth its time")
+
+
+def test_without_costs_there_is_no_front(run, capsys):
+    assert "front of" not in said(capsys, run)[1]

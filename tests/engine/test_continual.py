@@ -1,8 +1,14 @@
 """Weights that carry over from clip to clip, and several samples of one clip."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from vidtta.engine.cluster.place import Place
+from vidtta.engine.continual import share_stretches
+from vidtta.engine.data.clips import Clip
+from vidtta.engine.recipe import load_recipe
 
 from .tiny_run import CLIPS, FULL, make_clip, one_sentence, tiny_lab
 
@@ -41,11 +47,50 @@ def test_with_never_the_second_clip_differs_only_through_the_first(lab):
     assert torch.equal(latents(lab, "alone", second), latents(lab, "episodic", second))
 
 
-def test_a_resumed_run_and_another_shard_make_the_state_again_to_the_bit(lab):
+def test_a_resumed_run_makes_the_state_again_to_the_bit(lab):
     before = latents(lab, "never", "zebra")
     (lab.root / "never/arms/full/clips/zebra/result.json").unlink()
-    assert lab.run("never", "--batch-start", "2", arms=ONE, adaptation=NEVER) == 0
+    assert lab.run("never", arms=ONE, adaptation=NEVER) == 0
     assert torch.equal(latents(lab, "never", "zebra"), before)
+
+
+def test_a_split_that_cuts_through_what_is_carried_is_refused(lab, capsys, monkeypatch):
+    capsys.readouterr()
+
+    def refused(*words, reset: str | int = "never", **sections):
+        assert lab.run("split", *words, **{"arms": ONE, "adaptation": {**NEVER, "reset": reset}, **sections}) == 2
+        assert not (lab.root / "split").exists()
+        return one_sentence(capsys)
+
+    said = refused("--batch-start", "2")
+    assert (
+        "adaptation.reset is never" in said
+        and "--batch-start 2 would cut through that; run it as one task from the first" in said
+    )
+    assert (
+        "adaptation.reset is 2" in (said := refused("--batch-start", "1", reset=2))
+        and "begin at a multiple of 2" in said
+    )
+    # At a reset it may be split; each part then has the bits of the whole.
+    two = {**NEVER, "reset": 2}
+    assert lab.run("parts", "--batch-start", "2", arms=ONE, adaptation=two) == 0
+    assert lab.run("parts", "--batch-end", "2", arms=ONE, adaptation=two) == 0
+    assert torch.equal(latents(lab, "parts", "wave"), latents(lab, "never", "wave"))
+    assert torch.equal(latents(lab, "parts", "zebra"), latents(lab, "episodic", "zebra"))
+    assert lab.run("baselines", "--batch-start", "2", arms={"baseline": {"kind": "none"}}, adaptation=None) == 0
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert "and 2 tasks would cut through that; run it as one task" in refused()
+
+
+def test_tasks_take_whole_stretches(lab):
+    recipe = load_recipe(lab.argv("x", arms=ONE, adaptation={**NEVER, "reset": 2})[1])
+    clips = [Clip(f"c{k}", Path(f"{k}.mp4"), "") for k in range(7)]
+    shares = [[clip.id for clip in share_stretches(recipe, clips, None, None, Place(rank, 2))] for rank in (0, 1)]
+    assert shares == [["c0", "c1", "c4", "c5"], ["c2", "c3", "c6"]]
+    assert [clip.id for clip in share_stretches(recipe, clips, 2, 5, Place(1, 2))] == ["c4"]
+    episodic = load_recipe(lab.argv("x", arms=ONE)[1])
+    assert [clip.id for clip in share_stretches(episodic, clips, 1, None, Place(0, 2))] == ["c1", "c3", "c5"]
 
 
 def test_a_number_resets_after_so_many_clips(lab):

@@ -1,12 +1,14 @@
 """Which outcome holds, on differences whose outcome is known."""
 
+import numpy as np
 import pytest
 from vidtta.engine import cli
-from vidtta.engine.compare import SCORES, Compared
-from vidtta.engine.decide import Thresholds, decide_arm, parse_thresholds
+from vidtta.engine.compare import SCORES, Compared, compare_arms, read_results
+from vidtta.engine.decide import Thresholds, decide_arm, decision_lines, parse_thresholds
 from vidtta.engine.errors import UserError
 from vidtta.engine.statistics import Pairs
 
+from .test_compare import write_arm
 from .tiny_run import FULL, tiny_lab
 
 
@@ -42,6 +44,43 @@ SPREAD = [(-1) ** k * 0.01 * k for k in range(40)]
 def test_outcomes(differences, outcome):
     decision = decide_arm(compared(differences), Thresholds())
     assert decision is not None and decision.outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("other_clip", "random", "outcome", "said"),
+    [
+        (0.1, -0.2, "improvement", ["adapted on another clip: +0.", "a random change of equal norm: +0.7"]),
+        (0.5, -0.2, "none", ["adapted on another clip: -0.01", "may not be owed to this clip, and is no improvement"]),
+        (
+            0.1,
+            0.6,
+            "none",
+            ["a random change of equal norm: -0.10", "may not be owed to what was learnt, and is no improvement"],
+        ),
+        (None, None, "improvement", ["no placebo ran, so this may be what any adapting brings"]),
+    ],
+)
+def test_an_improvement_must_beat_its_placebos(tmp_path, other_clip, random, outcome, said):
+    spread = np.random.default_rng(0).normal(0, 0.02, (4, 40))
+    root = write_arm(tmp_path / "run", "baseline", np.zeros(40))
+    write_arm(root, "full", 0.5 + spread[0], "full")
+    for name, gain, noise in (("other_clip", other_clip, spread[1]), ("random", random, spread[2])):
+        if gain is not None:
+            write_arm(root, f"full-{name}", gain + noise, "full", placebo=name)
+    write_arm(root, "lora", 0.5 + spread[3], "lora")  # whose placebos these are not
+    compared = compare_arms({root: read_results(root)})
+    decisions = {row.arm: decide_arm(row, Thresholds(), compared) for row in compared}
+    decision = decisions["full"]
+    assert decision is not None and decision.outcome == outcome
+    text = "; ".join(decision.reasons)
+    assert all(part in text for part in said), text
+    assert decisions["lora"] is not None and decisions["lora"].outcome == "improvement"
+    assert any(reason.startswith("no placebo ran") for reason in decisions["lora"].reasons)
+    lines = list(decision_lines(compared, Thresholds()))
+    assert f"full: {outcome}" in lines
+    if random is not None:
+        assert "full-random: a placebo, a random change of equal norm" in lines
+        assert not any(line.startswith("full-random: improvement") for line in lines)
 
 
 def test_less_is_better_for_lpips():

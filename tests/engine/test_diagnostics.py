@@ -1,5 +1,6 @@
 """Diagnostics: they change no bit of a result, and say what they say they measure."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,17 @@ def test_a_run_writes_them_and_adds_them_when_asked_later(tmp_path, capsys):
         shared = {"held_out": str(lab.root / "clips")}
         assert lab.run("other", *one, arms={"full": FULL}, diagnostics=shared) == 2
         assert "diagnostics.held_out shares the clip ball with data.clips" in one_sentence(capsys)
+
+
+def test_the_time_of_watching_is_apart_from_that_of_adapting():
+    class Slow(Curves):
+        def step(self, steps):
+            time.sleep(0.2)
+
+    experiment = tiny_experiment(window=SHORT)
+    adapter = METHODS["delta"].attach(experiment.dit, 0)
+    slow = Slow(DiagnosticSettings(every=1), experiment, lambda a, b: {})
+    known = tiny_known(experiment)
+    plain = continue_clip(experiment, known, adapter).seconds["adapt"]
+    seconds = continue_clip(experiment, known, adapter, observer=slow).seconds
+    assert seconds["observe"] > 3 * 0.2 and seconds["adapt"] < plain + 0.3

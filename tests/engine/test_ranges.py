@@ -1,7 +1,7 @@
 """Ranges of clips for the tasks of an array."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vidtta.engine.cluster.ranges import LEAD, STARTING, Ranges, limit_text, plan_ranges, seconds_of
 from vidtta.engine.errors import UserError
@@ -46,6 +46,7 @@ def test_a_clip_that_does_not_fit_is_refused():
         plan([True], seconds=3601, limit=3600 + LEAD + STARTING)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.lists(st.booleans(), min_size=1, max_size=300),
     st.floats(0.1, 1e4),

@@ -75,8 +75,8 @@ def test_the_baseline_comes_first_and_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, diagnostics, keep, method, model, "
-         "output_dir, placebos, prompt, sampler, samples, scores, search, seed, window"),
+        ("sede: 1", "sede: unknown key (perhaps seed); a recipe takes adaptation, arms, base, data, diagnostics, gate, keep, method, "
+         "model, output_dir, placebos, prompt, sampler, samples, scores, search, seed, window"),
         ("window: {fsp: 1}", "window.fsp: unknown key (perhaps fps); window takes fps, known_chunks, known_frames, "
          "model_frames, posterior, scored_from, total_frames"),
         ("prompt: {zzz: 1}", "prompt.zzz: unknown key; prompt takes aesthetic, camera_motion, motion"),
@@ -357,14 +357,16 @@ def test_the_schema_is_closed_described_and_knows_the_kinds():
     schema = recipe_schema()
     assert json.loads(json.dumps(schema)) == schema
     found = list(objects(schema))
-    assert len(found) == 3 + len(schema["$defs"])  # the recipe, its arms, a search's grid, each section and method
+    assert len(found) == 4 + len(
+        schema["$defs"]
+    )  # the recipe, its arms, its gates, a search's grid, each section and method
     open_keys = [one for one in found if one["additionalProperties"] is not False]
     assert (
         len(open_keys) == 1 and open_keys[0] is schema["$defs"]["Search"]["properties"]["grid"]
     )  # its keys are a method's
     assert set(schema["properties"]) == {
         "base", "method", "output_dir", "placebos", "seed", "model", "data", "window", "prompt", "sampler", "adaptation", "arms",
-        "diagnostics", "samples", "scores", "search", "keep",
+        "diagnostics", "gate", "samples", "scores", "search", "keep",
     }  # fmt: skip
     undescribed = [
         (name, key)

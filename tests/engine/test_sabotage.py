@@ -19,6 +19,7 @@ from vidtta.engine.prepare.storage import write_clip
 
 from . import sabotage
 from .sabotage import KNOWN, TOTAL, trained_lab
+from .test_gate import predictor
 from .tiny import save_alexnet
 from .tiny_run import CLIPS, DELTA, FULL, HEIGHT, WIDTH, one_sentence
 
@@ -111,7 +112,12 @@ def test_the_clips_fail_with_the_reason(lab, output, monkeypatch, capsys, plant)
 
 
 @pytest.mark.parametrize(
-    ("plant", "failed"), [("not_restored", ["full/ball", "full/wave"]), ("more_changed_than_trained", [])]
+    ("plant", "failed"),
+    [
+        ("not_restored", ["full/ball", "full/wave"]),
+        ("restored_off_by_a_bit", ["full/ball", "full/wave"]),
+        ("more_changed_than_trained", []),
+    ],
 )
 def test_results_of_an_arm_that_left_the_network_changed_are_removed(lab, output, monkeypatch, plant, failed):
     getattr(sabotage, plant)(monkeypatch)
@@ -119,6 +125,16 @@ def test_results_of_an_arm_that_left_the_network_changed_are_removed(lab, output
         lab.run(output, arms={"full": FULL})
     assert sorted(lab.results(output)) == ["baseline/ball", "baseline/wave"]
     assert sorted(reasons(lab, output)) == failed
+
+
+def test_a_clip_that_the_gate_left_alone_and_was_adapted_to(lab, output, monkeypatch):
+    """The same gate without the plant leaves the baseline's bits (test_gate.py)."""
+    gate = {"full": {"predictor": predictor(lab, "no", lab.result("control", "full", "ball"), -1.0)}}
+    sabotage.adapted_against_the_gate(monkeypatch)
+    assert lab.run(output, arms={"full": FULL}, gate=gate) == 1
+    assert set(reasons(lab, output).values()) == {
+        "the gate left this clip unadapted, but its video is not that of arm baseline to the bit"
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from vidtta.engine.search import Search, cells, trajectories
 
 from .tiny_run import FULL, make_clip, one_sentence, tiny_lab
 
+GROUPS = [("clips/ball", "g"), ("more/more0", "g"), ("clips/wave", "h"), ("more/more1", "h")]
 GRID = {"arm": "full", "grid": {"steps": [1, 2, 3], "lr": [1e-3, 3e-3]}}
 
 
@@ -17,6 +18,8 @@ GRID = {"arm": "full", "grid": {"steps": [1, 2, 3], "lr": [1e-3, 3e-3]}}
 def lab(tmp_path_factory):
     with tiny_lab(tmp_path_factory.mktemp("lab")) as lab:
         make_clip(lab.root / "others" / "other.mp4", seed=7)
+        for k in range(2):
+            make_clip(lab.root / "more" / f"more{k}.mp4", seed=20 + k)
         lab.settings |= {"arms": {"full": FULL}, "keep": ["latents", "adapter"]}
         yield lab
 
@@ -55,6 +58,20 @@ def test_the_best_is_confirmed_on_other_clips(lab, capsys):
     assert lab.run("confirmed", search=small) == 0
     best = lab.read("confirmed", "search.json")["best"]
     assert set(lab.results("confirmed/confirm")) == {"baseline/other", f"{best}/other"}
+    # Halved by groups: what confirms was not among what chose.
+    rows = [f"{k},{name}.mp4,a{k},cap {k},{group}" for k, (name, group) in enumerate(GROUPS)]
+    (lab.root / "all.csv").write_text("\n".join(["number,path,id,caption,group", *rows]))
+    data = {**lab.settings["data"], "clips": str(lab.root / "all.csv")}
+    half = {**small, "confirm": "split", "confirm_limit": 1}
+    assert lab.run("halves", search=half, data=data) == 0
+    best = lab.read("halves", "search.json")["best"]
+    assert {name for name in lab.results("halves") if name.startswith("baseline")} == {"baseline/a0", "baseline/a1"}
+    assert set(lab.results("halves/confirm")) == {"baseline/a2", f"{best}/a2"}
+    confirmed = lab.result("halves/confirm", best, "a2")
+    assert (confirmed["caption"], confirmed["meta"]) == ("cap 2", {"number": "2", "group": "h"})
+    capsys.readouterr()
+    assert lab.run("one", search=half, data={**data, "limit": 2}) == 2
+    assert "search.confirm: split needs clips of two groups, and data.clips has one" in one_sentence(capsys)
     assert lab.run("same", search={**small, "confirm": str(lab.root / "clips")}) == 2
     assert "search.confirm shares the clip ball with data.clips" in one_sentence(capsys)
 

@@ -166,13 +166,33 @@ def test_shares_make_the_whole(world):
 
 
 def test_the_compile_cache_is_a_folder_a_host_and_only_in_jobs(tmp_path, monkeypatch):
-    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHINDUCTOR_CACHE_DIR"):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHINDUCTOR_CACHE_DIR", "VIDTTA_COMPILE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
     share_compile_cache(tmp_path)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("VIDTTA_COMPILE_CACHE", str(tmp_path / "named"))
+    share_compile_cache(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/named/{os.uname().nodename}/inductor"
+    for name in ("VIDTTA_COMPILE_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     share_compile_cache(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/shared/compiled/{os.uname().nodename}/inductor"
     assert os.environ["TRITON_CACHE_DIR"] == "mine"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_clips_that_start_from_each_other_stay_in_one_task(tmp_path, stand_in, capsys):
+    """Weights carry over through stretches of the list, which ranges do not cut."""
+    calls = stand_in()
+    naive = ["submit", "01_naive_full_finetune.demo", "--hours", "1", "--seconds-a-clip", "180"]
+    words = [*naive, f"output_dir={tmp_path}/run", "data.limit=100", "placebos=[]"]
+    for reset, expected in (("7", ["0-4", "21"]), ("never", ["0", "100"])):
+        assert cli.main([*words, f"adaptation.reset={reset}"]) == 0
+        *_, array = [call for call in calls("sbatch") if any(word.startswith("--array") for word in call)]
+        assert [option.partition("=")[2] for option in array if option.startswith("--array")] == [expected[0]]
+        assert array[array.index("01_naive_full_finetune.demo") + 1] == expected[1]
+    capsys.readouterr()
+    assert cli.main([*words, "adaptation.reset=never", "--gpus", "2"]) == 2
+    assert "adaptation.reset is never" in (said := one_sentence(capsys)) and "--gpus 2 would cut through that" in said
