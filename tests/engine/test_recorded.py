@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from vidtta.engine.demo.training import Cards, Plan, Trainer
-from vidtta.engine.recorded import WARM_UPS, Recorded
+from vidtta.engine.recorded import Recorded
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are recorded on a CUDA card")
 
@@ -31,21 +31,21 @@ def events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda beside: inside(beside.name))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: seen.append("replay")))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: inside("graph"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: inside(f"graph {options['pool']}"))
     return seen
 
 
 def test_it_warms_up_beside_the_stream_and_records_once(events):
-    Recorded(lambda x: events.append("compute") or x, (torch.ones(2),))
-    warm_up = ["beside waits for main", "enter beside", *["compute"] * WARM_UPS, "leave beside"]
-    assert events == [*warm_up, "main waits for beside", "enter graph", "compute", "leave graph"]
+    Recorded(lambda x: events.append("compute") or x, (torch.ones(2),), warm_ups=2, pool="memory")
+    warm_up = ["beside waits for main", "enter beside", "compute", "compute", "leave beside"]
+    assert events == [*warm_up, "main waits for beside", "enter graph memory", "compute", "leave graph memory"]
 
 
 def test_inputs_are_copied_to_where_the_record_reads_them(events):
     """A graph reads addresses: its inputs must be its own, and filled before each replay."""
     read = []
     given = torch.arange(3.0, requires_grad=True)
-    record = Recorded(lambda x: read.append(x) or x + 1, (given,))
+    record = Recorded(lambda x: read.append(x) or x + 1, (given,), warm_ups=1)
     assert all(x is record.inputs[0] for x in read)
     assert record.inputs[0].data_ptr() != given.data_ptr() and not record.inputs[0].requires_grad
     at = record.inputs[0].data_ptr()
@@ -67,7 +67,7 @@ def test_a_replay_computes_what_the_computation_does():
         return loss.detach().clone()
 
     batches = [torch.randn(5, 3, device="cuda") for _ in range(4)]
-    record = Recorded(compute, (batches[0],))
+    record = Recorded(compute, (batches[0],), warm_ups=3)
     for batch in batches[1:]:
         weight.grad.zero_()
         loss, gradient = record(batch).clone(), weight.grad.clone()

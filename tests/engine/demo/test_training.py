@@ -114,9 +114,9 @@ def test_what_recording_adds_to_the_gradients_does_not_count(monkeypatch):
     """Recording runs the computation several times: afterwards the buffer must hold one batch's gradient."""
 
     class Runs:
-        def __init__(self, compute, inputs):
+        def __init__(self, compute, inputs, *, warm_ups):
             self.compute = compute
-            for _ in range(4):
+            for _ in range(warm_ups + 1):
                 compute(*inputs)
 
         def __call__(self, *inputs):
