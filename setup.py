@@ -25,6 +25,8 @@ setup(
             "models/embedded/*",
             "models/embedded/*/*",
             "models/published_keys.json",
+            "models/paths.md",
+            "path_table.json",
             "prepare/ucf101_captions.txt",
             "prepare/README.md",
             "report/README.md",
@@ -60,6 +62,7 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "flash-attn": ["flash-attn-4>=4.0.0b12"],
+        "peft": ["peft>=0.17"],
         "adaptive": ["scikit-learn>=1.5"],
         "search": ["optuna>=5"],
         "dev": [

@@ -1,123 +1,206 @@
-"""Time and peak memory of one whole clip at STDiT3-XL/2, each method, on the plain PyTorch path.
+"""A whole clip, phase by phase: each method at STDiT3-XL/2 on each path, with the quality of the small model on the same path.
 
-Run: python -m vidtta.bench.clip [--out FILE.json] [--methods full lora ...]      (needs a GPU; no weights, no data)
+Run: python -m vidtta.bench.clip [--out FILE.json] [--only NAME ...] [--minutes M]          (needs a GPU; no data)
+     python -m vidtta.bench.clip --check        (CPU: a small network; checks, no timings that mean anything)
 
-Weights and frames are random: this measures cost, never quality. The clip is 640x480, 45 frames at 24 fps, 22 of them known;
-20 steps of adaptation and 30 of sampling, v1.3's defaults. Each method first runs a clip with one step of sampling, so that
-what happens once a process (allocator, library handles, autotuning) is not in the figures. After each method the weights must
-be bit for bit as before; `--check` also runs each clip twice and compares the latents' bits.
+The full-size weights and frames are random: cost, never quality. 640x480, 45 frames at 24 fps, 22 of them known; 20 steps of adaptation and
+30 of sampling, v1.3's defaults. Each row first runs a clip with one step of sampling, so that compiling and what happens once a
+process is in `first_s`. After each row the weights must be bit for bit as before; `--twice` also runs each clip twice and compares
+the latents' bits. Quality (clip_quality.py) comes from `--clips` clips of the small trained model.
+
+`inference_speedup_from_cached_activations`: how many times longer adapting and sampling would take if nothing were kept: keys and
+values of the captions between steps, features of the delta's draws, the layers before the first adapted one. Each of these is
+timed once on the row's path, and multiplied by how often a step would compute it again.
 """
 
 import argparse
-import dataclasses
 import json
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..engine.adaptation import AdaptationSettings
-from ..engine.clip import Experiment, Known, continue_clip, encode_known, timed
+from ..engine.clip import Experiment, Known, continue_clip, encode_known, task_of
 from ..engine.determinism import make_deterministic
-from ..engine.environment import describe_environment
-from ..engine.memory import peak_memory, reset_peak_memory
 from ..engine.methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
-from ..engine.models.checkpoint import state_hash
-from ..engine.models.stdit3 import Caption, STDiT3, STDiT3Config
-from ..engine.models.vae import VAE, VAEConfig
-from ..engine.sampler import SamplerSettings
-from ..engine.window import Window
+from . import record, suite
+from .suite import Row
+
+if TYPE_CHECKING:
+    from .clip_quality import Quality
+    from .step_scene import Scene
 
 FIXED_DRAWS = AdaptationSettings(timesteps="sampler", draws=16)
 CASES: dict[str, tuple[AnyMethod, AdaptationSettings]] = {
     "none": (NoAdaptation(), AdaptationSettings()),
-    "full": (FullFineTuning(steps=20, lr=1e-5), AdaptationSettings()),
     "lora": (LoRA(steps=20, rank=16), AdaptationSettings()),
-    "lora_last_14": (LoRA(steps=20, rank=16, last_layers=14, cache_prefix=True), AdaptationSettings(draws=4)),
     "delta_pre": (Delta(steps=20, site="pre"), FIXED_DRAWS),
+    "full": (FullFineTuning(steps=20, lr=1e-5), AdaptationSettings()),
+    "lora_last_14": (LoRA(steps=20, rank=16, last_layers=14, cache_prefix=True), AdaptationSettings(draws=4)),
     "delta_mid_closed": (DeltaClosedForm(site="mid"), FIXED_DRAWS),
     "delta_post_closed": (DeltaClosedForm(site="post"), FIXED_DRAWS),
 }
 
 
-def build(device: torch.device, seed: int = 0) -> Experiment:
-    """XL/2 and the published VAE with random bfloat16 weights, and v1.3's settings."""
-    torch.manual_seed(seed)
-    with device:
-        dit = STDiT3(STDiT3Config()).to(torch.bfloat16).eval().requires_grad_(False)
-        vae = VAE(VAEConfig()).to(torch.bfloat16).eval().requires_grad_(False)
-    return Experiment(dit, vae, Window(), (480, 640), SamplerSettings(), AdaptationSettings(), seed)
+@dataclass
+class Clips:
+    """What the rows run on. quality: of the small model, or why there is none."""
+
+    scene: "Scene"
+    quality: "Quality | str"
+    twice: bool = False
+    small: bool = False
 
 
-def measure(experiment: Experiment, known: Known, name: str, check: bool) -> dict[str, Any]:
-    """Seconds and bytes of one clip."""
-    method, adaptation = CASES[name]
-    method.check(adaptation)
-    experiment = dataclasses.replace(experiment, adaptation=adaptation)
-    torch.cuda.empty_cache()
-    before = state_hash(experiment.dit)
-    start = time.perf_counter()
-    adapter = method.attach(experiment.dit, experiment.seed)
-    torch.cuda.synchronize()
-    attach = time.perf_counter() - start
-    short = dataclasses.replace(experiment, sampler=dataclasses.replace(experiment.sampler, steps=1))
-    row: dict[str, Any] = {"method": name, "settings": dataclasses.asdict(method), "attach_seconds": attach}
+def clip(name: str, path: str) -> Callable[[Clips], Row]:
+    """One method on one path."""
+
+    def run(clips: Clips) -> Row:
+        from ..engine.models.checkpoint import state_hash
+        from .clip_quality import PATHS, path_of
+        from .step_scene import describe_path
+
+        scene = clips.scene
+        method, adaptation = CASES[name]
+        if clips.small:
+            method, adaptation = reduced(method, len(scene.experiment.dit.layers)), replace(adaptation, draws=2)
+        method.check(adaptation)
+        experiment = replace(scene.experiment, adaptation=adaptation)
+        short = replace(experiment, sampler=replace(experiment.sampler, steps=2, force_steps=1))
+        before, seconds = state_hash(experiment.dit), {}
+        with path_of(scene, path):
+            start = scene.watch.now()
+            known = replace(scene.known, latents=encode_known(experiment.vae, scene.pixels, experiment.window))
+            adapter: Any = method.attach(experiment.dit, experiment.seed)
+            try:
+                continue_clip(short, known, adapter)
+                first = scene.watch.now() - start
+                scene.watch.reset_peak()
+                clock = scene.watch.phases()
+                known = replace(known, latents=encode_known(experiment.vae, scene.pixels, experiment.window))
+                clock("encode")
+                encoding_peak = scene.watch.peak()
+                outcome = continue_clip(experiment, known, adapter)
+                clock("all")
+                if not outcome.pixels.isfinite().all():
+                    raise ArithmeticError("the decoded frames are not finite")
+                restoring = scene.watch.once(adapter.restore) / 1e3
+                seconds = {"encode": clock.seconds["encode"], **outcome.seconds, "restore": restoring}
+                row: Row = {
+                    "ms": 1e3 * sum(seconds.values()), "seconds": seconds, "first_s": first,
+                    "ms_a_step": 1e3 * outcome.seconds["adapt"] / max(outcome.trace.steps, 1), "steps": outcome.trace.steps,
+                    "peak_gib": max(encoding_peak, (outcome.peak_memory_bytes or 0) / 2**30), "trained": outcome.change.trained,
+                    "losses": outcome.trace.losses[:1] + outcome.trace.losses[-1:],
+                    "path": f"{describe_path(scene.paths(PATHS[path][0]))}; VAE channels {PATHS[path][1]}",
+                }  # fmt: skip
+                if clips.twice:
+                    again = continue_clip(experiment, known, adapter)
+                    row["same_bits_twice"] = bool(torch.equal(again.latents, outcome.latents))
+                row |= speedup(scene, experiment, known, adapter, outcome.seconds)
+            finally:
+                adapter.detach()
+        if state_hash(experiment.dit) != before:
+            raise RuntimeError("the weights are not bit for bit those of before the row")
+        return row | quality_of(clips, name, path)
+
+    return run
+
+
+def reduced(method: AnyMethod, layers: int) -> AnyMethod:
+    """The method for a network of few and narrow layers, in few steps."""
+    if isinstance(method, LoRA):
+        last = method.last_layers if method.last_layers == "all" else layers // 2
+        return replace(method, steps=2, rank=3, last_layers=last)
+    return replace(method, steps=2) if isinstance(method, FullFineTuning | Delta) else method
+
+
+def quality_of(clips: Clips, name: str, path: str) -> Row:
+    """PSNR, SSIM, temporal consistency, and PSNR to the plain path; a reason where they cannot be had."""
+    if isinstance(clips.quality, str):
+        return {"quality_absent": clips.quality}
     try:
-        continue_clip(short, known, adapter)
-        outcome = continue_clip(experiment, known, adapter)
-        row |= {
-            "seconds": outcome.seconds,
-            "seconds_a_step": outcome.seconds["adapt"] / max(outcome.trace.steps, 1),
-            "peak_gib": (outcome.peak_memory_bytes or 0) / 2**30,
-            "steps": outcome.trace.steps,
-            "trained": outcome.change.trained,
-            "changed": outcome.change.changed,
-            "losses": [outcome.trace.losses[0], outcome.trace.losses[-1]] if outcome.trace.losses else None,
-        }
-        if check:
-            again = continue_clip(experiment, known, adapter)
-            row["same_bits_twice"] = bool(torch.equal(again.latents, outcome.latents))
-    except torch.OutOfMemoryError as error:
-        row["error"] = str(error).split(".")[0]
-    adapter.detach()
-    row["restored_bit_for_bit"] = state_hash(experiment.dit) == before
-    return row
+        return clips.quality.measure(name, path)
+    except Exception as error:  # the row's cost stands without it
+        return {"quality_absent": suite.reason(error)}
+
+
+@torch.no_grad()
+def speedup(scene: "Scene", experiment: Experiment, known: Known, adapter: Any, seconds: dict[str, float]) -> Row:
+    """Seconds that kept activations save a clip, by what is kept, and how many times longer it would take without."""
+    dit, task = experiment.dit, None
+    settings, steps = adapter.settings if adapter.steps else None, adapter.steps
+
+    def once(call: Callable[[], Any]) -> float:
+        return scene.watch.measure(call, 3)[0]["ms"] / 1e3
+
+    captions = once(lambda: (dit.text_states(known.prompt), dit.text_states(dit.null_caption(known.prompt))))
+    saved = {"captions, sampling": captions * (experiment.sampler.steps - 1)}
+    if settings is not None:
+        task = task_of(experiment, known)
+    if isinstance(settings, LoRA) and task is not None:
+        saved["captions, adapting"] = captions * (steps - 1)
+        if settings.cache_prefix and isinstance(experiment.adaptation.draws, int):
+            draw, text = task.draw(0), task.captions()
+            prefix = once(lambda: dit.run_layers(task.embed(draw), *text, task.geometry, 0, adapter.cut))
+            saved["layers before the first adapted"] = prefix * max(steps - experiment.adaptation.draws, 0)
+    if isinstance(settings, Delta) and task is not None:  # each step's loss is over all draws
+        saved["features"] = once(lambda: adapter.cache(task)) * (steps - 1)
+    taken = seconds["adapt"] + seconds["sample"]
+    return {
+        "saved_s": saved,
+        "inference_speedup_from_cached_activations": (taken + sum(saved.values())) / taken,
+    }
+
+
+ROWS: dict[str, Callable[[Clips], Row]] = {
+    f"clip {name} {path}": clip(name, path) for name in CASES for path in ("plain", "fast")
+} | {f"clip {name} compiled": clip(name, "compiled") for name in ("none", "lora")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    parser.add_argument("--methods", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--check", action="store_true", help="also run each clip twice and compare bits")
+    parser = suite.parser("clip", __doc__, minutes=8.0)
+    parser.add_argument(
+        "--clips", type=int, default=2, help="clips of the small model that quality is measured on; 0 for none"
+    )
+    parser.add_argument("--twice", action="store_true", help="also run each clip twice and compare bits")
     parser.add_argument("--nondeterministic", action="store_true", help="let torch choose algorithms freely")
-    parser.add_argument("--commit", help="the code's commit, where the machine has no checkout to ask")
     arguments = parser.parse_args()
+    names = suite.chosen(list(ROWS), arguments.only)
+    if arguments.list:
+        print("\n".join(names))
+        return
     if not arguments.nondeterministic:
         make_deterministic()
-    device = torch.device("cuda")
-    environment = describe_environment(device)
-    environment["deterministic"] = not arguments.nondeterministic
-    environment["commit"] = arguments.commit or environment["commit"]
-    print(json.dumps(environment))
-    experiment = build(device)
-    pixels = torch.rand(3, 45, 480, 640, generator=torch.Generator().manual_seed(0)).mul(2).sub(1).to(device)
-    vae_row: dict[str, Any] = {}
-    encode_known(experiment.vae, pixels, experiment.window)
-    reset_peak_memory(device)
-    with timed(vae_row, "encode", device):
-        latents = encode_known(experiment.vae, pixels, experiment.window)
-    vae_row["encode_peak_gib"] = (peak_memory(device) or 0) / 2**30
-    print("encode", vae_row, flush=True)
-    prompt = torch.randn(1, 60, 4096, generator=torch.Generator().manual_seed(1)).to(device)
-    known = Known("bench", latents, Caption(prompt))
-    rows = []
-    for name in arguments.methods:
-        row = measure(experiment, known, name, arguments.check)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+    from .step_rows import attention
+    from .step_scene import real_scene, small_scene
+
+    device = suite.device(arguments.check)
+    about = record.environment(device, arguments.commit) | {"deterministic": not arguments.nondeterministic}
+    print(json.dumps(about), flush=True)
+    scene = small_scene(device) if arguments.check else real_scene(device)
+    attention(scene)
+
+    def write(rows: list[Row]) -> None:
         if arguments.out:
-            arguments.out.write_text(json.dumps({"environment": environment, "vae": vae_row, "rows": rows}, indent=1))
+            record.write(arguments.out, "clip", about, rows)
+
+    clips = Clips(scene, small_model(arguments, device, scene), arguments.twice, arguments.check)
+    suite.finish(suite.run(ROWS, names, clips, 60 * arguments.minutes, write))
+
+
+def small_model(arguments: argparse.Namespace, device: torch.device, scene: "Scene") -> "Quality | str":
+    """What quality is measured on, or why it is not."""
+    if arguments.clips < 1:
+        return "not asked for"
+    try:
+        from .clip_quality import Quality
+
+        dtype, short = scene.experiment.dit.dtype, arguments.check
+        return Quality(device, dtype, 1 if short else arguments.clips, steps=2 if short else 12, short=short)
+    except Exception as error:  # a machine without safetensors, say
+        return suite.reason(error)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Check and time every Triton kernel at the model's real shapes, beside eager PyTorch and torch.compile.
 
-Run: python -m vidtta.bench.kernels [--out FILE.json] [--only OP ...] [--vary]      (needs a GPU; no weights, no data)
+Run: python -m vidtta.bench.kernels [--out FILE.json] [--only OP ...] [--minutes M] [--vary]    (needs a GPU; no weights, no data)
      python -m vidtta.bench.kernels --check        (CPU: small shapes under Triton's interpreter; checks, no timings)
 
 Each operation is first compared with float64 on fresh random inputs: it may err at most twice as far as eager PyTorch in the
@@ -13,7 +13,6 @@ takes the GPU's context down is recorded and the rest still run.
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from ..engine.environment import describe_environment
+from . import record, suite
 from .timing import Ceilings, Timer, measure_ceilings
 
 if TYPE_CHECKING:
@@ -200,15 +199,7 @@ def times(function: Callable[..., Any], case: "Case", inputs: list[Tensor], time
     passes = [("forward", forward, case.forward)] + ([("backward", backward, case.backward)] if case.trained else [])
     for name, prepare, (moved, flops) in passes:
         timing = timer.measure(prepare)
-        of_copy, of_product = ceilings.shares(timing.milliseconds, moved, flops)
-        found[name] = dataclasses.asdict(timing) | {
-            "bytes": moved,
-            "flops": flops,
-            "gb_per_s": moved / timing.milliseconds / 1e6,
-            "tflop_per_s": flops / timing.milliseconds / 1e9,
-            "share_of_copy": of_copy,
-            "share_of_product": of_product,
-        }
+        found[name] = dataclasses.asdict(timing) | ceilings.figures(timing.milliseconds, moved, flops)
     return found
 
 
@@ -230,18 +221,6 @@ def show(row: Row) -> None:
         )
 
 
-def driver() -> str | None:
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-            .stdout.splitlines()[0]
-            .strip()
-        )
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
-
-
 def check_all(only: list[str] | None = None) -> list[Row]:
     """Every case at small shapes on the CPU; the interpreter must have been chosen before the kernels' first import."""
     from .kernel_cases import SMALL, all_cases
@@ -252,7 +231,7 @@ def check_all(only: list[str] | None = None) -> list[Row]:
 
 
 def chosen(key: str, only: list[str] | None) -> bool:
-    return not only or any(key.startswith(prefix) for prefix in only)
+    return bool(suite.chosen([key], only))
 
 
 def child(arguments: argparse.Namespace) -> int:
@@ -269,14 +248,13 @@ def child(arguments: argparse.Namespace) -> int:
     done = set(arguments.done)
     with arguments.child.open("a") as file:
 
-        def write(record: Row) -> None:
-            file.write(json.dumps(record) + "\n")
+        def write(found: Row) -> None:
+            file.write(json.dumps(found) + "\n")
             file.flush()
 
         timer = Timer(device)
         ceilings = measure_ceilings(timer)
-        environment: Row = describe_environment(device) | {"driver": driver()}
-        environment["commit"] = arguments.commit or environment["commit"]
+        environment = record.environment(device, arguments.commit)
         write({"environment": environment, "ceilings": dataclasses.asdict(ceilings)})
         print(
             f"{environment['device']}, torch {environment['packages']['torch']}; copy {ceilings.bytes_per_second / 1e9:.0f} GB/s, "
@@ -339,9 +317,11 @@ def shapes_of(batches: list[Any], sizes: "Sizes") -> list[Any]:
     return [shape for samples, grid in batches for shape in self_attention_shapes(samples, grid, heads, dim)]
 
 
-def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]:
-    """Run the cases in other processes of `program`, as many as it takes to get through all of them."""
-    result: dict[str, Any] = {"environment": None, "ceilings": [], "rows": [], "skipped": []}
+def run_all(
+    arguments: argparse.Namespace, program: list[str], save: Callable[[Row], object] = lambda result: None
+) -> Row:
+    """Run the cases in other processes of `program`, as many as it takes; `save` is given all that is known, again and again."""
+    result: Row = {"environment": None, "ceilings": [], "rows": [], "skipped": [], "attention": None}
     done: list[str] = []
     end = time.monotonic() + arguments.seconds
     while True:
@@ -355,18 +335,12 @@ def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]
             command += ["--only", *arguments.only] if arguments.only else []
             command += ["--done", *done] if done else []
             process = subprocess.Popen(command)
-            try:
-                status = process.wait(timeout=left + 60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                status = process.wait()
-            records = [json.loads(line) for line in path.read_text().splitlines()]
-        started = [r["started"] for r in records if "started" in r]
-        result["rows"] += [r["row"] for r in records if "row" in r]
-        result["attention"] = next((r["attention"] for r in records if "attention" in r), None)
-        result["skipped"] += [r["skipped"] for r in records if "skipped" in r]
-        result["ceilings"] += [r["ceilings"] for r in records if "ceilings" in r]
-        result["environment"] = next((r["environment"] for r in records if "environment" in r), result["environment"])
+            while (status := waited(process)) is None:
+                save(gathered(result, path)[0])
+                if time.monotonic() > end + 60:
+                    process.kill()
+            result, started = gathered(result, path)
+        save(result)
         if status == 0:
             return result
         if status != LOST:
@@ -374,37 +348,66 @@ def run_all(arguments: argparse.Namespace, program: list[str]) -> dict[str, Any]
             row = {"op": at, "shape": "", "impl": "process", "error": f"the process ended with status {status}"}
             show(row)
             result["rows"].append(row)
+            save(result)
         if not started or started[-1] == "attention" or end - time.monotonic() < 20:
             return result
         done += started
 
 
+def waited(process: "subprocess.Popen[bytes]") -> int | None:
+    """The process's exit status, or None after some seconds."""
+    try:
+        return process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def gathered(before: Row, path: Path) -> tuple[Row, list[str]]:
+    """What was known and what a process has written so far; and the cases that it started. A last line may be half written."""
+    lines = path.read_text().split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    result = dict(before)
+    for key, many in (("row", "rows"), ("skipped", "skipped"), ("ceilings", "ceilings")):
+        result[many] = before[many] + [r[key] for r in records if key in r]
+    for key in ("environment", "attention"):
+        result[key] = next((r[key] for r in records if key in r), before[key])
+    return result, [r["started"] for r in records if "started" in r]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write what was found as JSON")
-    parser.add_argument("--only", nargs="+", metavar="OP", help="cases whose name begins so")
+    parser = suite.parser("kernels", __doc__, minutes=SECONDS / 60)
     parser.add_argument("--vary", action="store_true", help="also other block sizes")
-    parser.add_argument("--check", action="store_true", help="small shapes on the CPU, checks only")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="start no further case after this")
-    parser.add_argument("--commit", help="the code's commit, where the machine has no checkout to ask")
+    parser.add_argument("--seconds", type=float, help="as --minutes, in seconds")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--done", nargs="+", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.seconds = arguments.seconds or 60 * arguments.minutes
     if arguments.child:
         sys.exit(child(arguments))
+
+    def save(result: Row) -> None:
+        if arguments.out and result["environment"]:
+            rows, found = result["rows"], result.get("attention")
+            rows = [*rows, {"row": "attention", "backends": found["rows"]}] if found else rows
+            more = {key: result[key] for key in ("ceilings", "skipped", "attention") if result.get(key)}
+            record.write(arguments.out, "kernels", result["environment"], rows, **more)
+
+    if arguments.list:
+        from .kernel_cases import REAL, all_cases
+
+        print("\n".join(case.key for case in all_cases(REAL)))
+        return
     if arguments.check:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
         rows = check_all(arguments.only)
         for row in rows:
             show(row)
-        result: dict[str, Any] = {"environment": describe_environment(torch.device("cpu")), "rows": rows}
+        result: Row = {"environment": record.environment(torch.device("cpu"), arguments.commit), "rows": rows}
+        save(result)
     else:
+        suite.device(arguments.check)
         name = __spec__.name if __spec__ else "vidtta.bench.kernels"
-        result = run_all(arguments, [sys.executable, "-m", name])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1))
-    if failed := [row for row in result["rows"] if "error" in row]:
-        sys.exit(f"{len(failed)} of {len(result['rows'])} rows failed")
+        result = run_all(arguments, [sys.executable, "-m", name], save)
+    suite.finish(result["rows"])
 
 
 if __name__ == "__main__":

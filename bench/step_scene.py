@@ -18,6 +18,8 @@ from ..engine.window import Window
 from ..kernels.attention import Choice
 from ..kernels.windows import Grid
 from .stopwatch import Stopwatch
+from .timing import Ceilings
+from .work import Work
 
 LENGTHS = (17, 60, 101, 203, 300)
 """Caption lengths in tokens, over which nothing may compile anew."""
@@ -35,6 +37,8 @@ class Scene:
     lengths: tuple[int, ...] = LENGTHS
     length: int = LENGTH
     delta_steps: int = 100
+    training_steps: int | None = None
+    """Steps of a training row; its own number by default."""
     choice: Choice | None = None
     truth: dict[str, Any] = field(default_factory=dict)
     """What the first row of a kind computed, which the others are held against."""
@@ -46,6 +50,24 @@ class Scene:
     @cached_property
     def known(self) -> Known:
         return Known("bench", encode_known(self.experiment.vae, self.pixels, self.experiment.window), self.caption())
+
+    def set_known(self, latents: Tensor) -> None:
+        """Take these latents as the known ones, without encoding any."""
+        self.__dict__["known"] = Known("bench", latents, self.caption())
+
+    @cached_property
+    def ceilings(self) -> Ceilings:
+        """Measured once, in this run."""
+        return self.watch.ceilings()
+
+    def rates(self, milliseconds: float, work: Work) -> dict[str, Any]:
+        """The declared work, GB/s and TFLOP/s, and their shares of this run's ceilings."""
+        return self.ceilings.figures(milliseconds, *work)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of the networks."""
+        return self.experiment.dit.dtype.itemsize
 
     def caption(self, length: int | None = None) -> Caption:
         channels = self.experiment.dit.config.caption_channels
@@ -74,6 +96,19 @@ class Scene:
         }[name]
 
 
+def describe_path(paths: Paths | None) -> str:
+    """Which code computes the layers, in a few words."""
+    if paths is None:
+        return "plain PyTorch"
+    parts = ["Triton kernels" if paths.kernels == "triton" else "plain code"]
+    parts += [f"torch.compile ({paths.compiler})"] if paths.compiled else ["not compiled"]
+    if paths.attention is not None:
+        chosen = sorted({*paths.attention.forward.values(), *paths.attention.training.values()})
+        parts.append(f"attention {paths.attention.pinned or '/'.join(chosen)}")
+    parts += ["gelu in the product"] if paths.gelu_in_product else []
+    return ", ".join(parts)
+
+
 def real_scene(device: torch.device) -> Scene:
     """XL/2 and the published VAE's sizes, random bfloat16 weights."""
     return _scene(device, STDiT3Config(), VAEConfig(), (480, 640), torch.bfloat16, Stopwatch(device))
@@ -86,7 +121,9 @@ def small_scene(device: torch.device) -> Scene:
         device, config, VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), (16, 32), torch.float32,
         Stopwatch(device, 2),
     )  # fmt: skip
-    scene.compiler, scene.lengths, scene.length, scene.delta_steps = "aot_eager", (3, 5, 8), 4, 5
+    scene.compiler, scene.lengths, scene.length = "aot_eager", (3, 8), 4
+    scene.delta_steps = scene.training_steps = 3
+    scene.experiment = replace(scene.experiment, sampler=SamplerSettings(steps=4, force_steps=2))
     return scene
 
 

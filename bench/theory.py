@@ -54,7 +54,7 @@ def shifted_task(dit: STDiT3, vae: VAE, index: int) -> Task:
         pixel_size=(96, 128),
         fps=window.fps,
         sampled_frames=window.model_frames,
-        sampling_steps=12,
+        sampling_steps=10,
     )
 
 

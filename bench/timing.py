@@ -23,6 +23,8 @@ class Timing:
     runs: int
     peak: int
     how: str
+    times: tuple[float, ...] = ()
+    """Each of the runs, in milliseconds."""
 
 
 class Timer:
@@ -51,7 +53,7 @@ class Timer:
             runs = max(10, min(100, int(budget_ms / max(estimate, 1e-3))))
             times = self._many(replay, runs)
         low, middle, high = statistics.quantiles(times, n=4)
-        return Timing(middle, low, high, runs, peak, how)
+        return Timing(middle, low, high, runs, peak, how, tuple(times))
 
     def _captured(self, call: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
         """Replayed from a graph, small kernels are timed and not the time it takes Python to launch them."""
@@ -92,6 +94,15 @@ class Ceilings:
         """What part of each ceiling a call reached."""
         seconds = milliseconds / 1e3
         return moved / seconds / self.bytes_per_second, flops / seconds / self.flops_per_second
+
+    def figures(self, milliseconds: float, moved: int, flops: int) -> dict[str, Any]:
+        """The declared work of a call, its rates, and their shares of the ceilings."""
+        of_copy, of_product = self.shares(milliseconds, moved, flops)
+        return {
+            "bytes": moved, "flops": flops,
+            "gb_per_s": moved / milliseconds / 1e6, "tflop_per_s": flops / milliseconds / 1e9,
+            "share_of_copy": of_copy, "share_of_product": of_product,
+        }  # fmt: skip
 
 
 def measure_ceilings(timer: Timer) -> Ceilings:

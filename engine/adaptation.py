@@ -110,7 +110,8 @@ class Task:
         self.fps = torch.full((1,), fps, device=model.device)
         self._size = (*pixel_size, sampled_frames)
         first = torch.arange(self.first_counted, known - 1)
-        self.pairs = first[first % CHUNK_LATENTS < CHUNK_LATENTS - 1]  # latent frames whose next one shares their chunk
+        pairs = first[first % CHUNK_LATENTS < CHUNK_LATENTS - 1]
+        self.pairs = pairs.to(latents.device)  # latent frames whose next one shares their chunk
         if settings.temporal and not len(self.pairs):
             raise ValueError(
                 "temporal needs two predicted latent frames in one chunk of the VAE; lower context_latents"

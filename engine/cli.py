@@ -176,6 +176,12 @@ def _report(args: argparse.Namespace) -> int:
     return make_report(args.runs, args.out, args.figures)
 
 
+def _bench(args: argparse.Namespace) -> int:
+    import subprocess
+
+    return subprocess.run([sys.executable, "-m", "vidtta.bench", *args.words]).returncode
+
+
 def _load(args: argparse.Namespace) -> "Recipe":
     read_layers(args.recipe, args.overrides)  # mistakes in the YAML are told at once: torch takes two seconds to import
     from .recipe import load_recipe
@@ -185,6 +191,8 @@ def _load(args: argparse.Namespace) -> "Recipe":
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser, commands = _parser()
+    if argv[:1] == ["bench"]:  # a program of its own, which needs neither pydantic nor av, and parses its words itself
+        return argparse.Namespace(command=_bench, words=argv[1:])
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on overrides that stand after an option: `run x.yaml --quiet seed=1`.
     late = [word for word in rest if not word.startswith("-")] if hasattr(args, "overrides") else []
@@ -300,6 +308,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--out", type=Path, metavar="FILE", help="the page; by default analysis_report.html in the first run"
     )
     report.add_argument("--figures", type=Path, metavar="DIR", help="also write figures and tables for a paper there")
+    command("bench", _bench, "Measure kernels, steps and clips on this card, or compare two measurements.", " steps")
     return parser, made
 
 

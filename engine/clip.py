@@ -4,6 +4,7 @@ Reading the clip and writing the result lie around this, in run.py. Nothing here
 the scores.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,10 @@ class Outcome:
     the recipe says; `more_sampling` alone takes more steps of it)."""
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    compiled: dict[str, int] = field(default_factory=dict)
+    """Graphs compiled on this clip, and breaks of graphs."""
+    ways: dict[str, str] = field(default_factory=dict)
+    """How the method computed what is its own (Adapter.ways)."""
 
 
 @torch.no_grad()
@@ -125,11 +130,14 @@ def continue_clip(
     """
     device = experiment.dit.device
     reset_peak_memory(device)
-    clock, watched = Stopwatch(device), Stopwatch(device)
+    clock, watched, graphs = Stopwatch(device), Stopwatch(device), count_graphs()
 
     def finished(trace: Trace) -> Outcome:
         seconds = {"adapt": clock.seconds} | ({"observe": watched.seconds} if observer else {})
-        return finish(experiment, known, adapter, trace, seconds, keep_state, progress)
+        outcome = finish(experiment, known, adapter, trace, seconds, keep_state, progress)
+        outcome.compiled = {name: count - graphs[name] for name, count in count_graphs().items()}
+        outcome.ways = adapter.ways
+        return outcome
 
     def on_step(step: int, loss: float) -> None:
         progress("adapt", step + 1, adapter.steps)
@@ -269,6 +277,15 @@ def sample_continuation(
     return latents, made_from
 
 
+def count_graphs() -> dict[str, int]:
+    """Graphs that torch.compile made in this process so far, and breaks of graphs."""
+    if "torch._dynamo" not in sys.modules:
+        return {"graphs": 0, "graph_breaks": 0}
+    from torch._dynamo.utils import counters
+
+    return {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
+
+
 class Stopwatch:
     """Wall time of a phase that others may interrupt, the device's queue drained at each end."""
 
@@ -307,4 +324,4 @@ def timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterato
 
 def describe(outcome: Outcome) -> dict[str, Any]:
     """The part of a result that tells what adapting did; plain JSON values."""
-    return {**asdict(outcome.trace), "change": asdict(outcome.change)}
+    return {**asdict(outcome.trace), "change": asdict(outcome.change), "ways": outcome.ways}

@@ -157,9 +157,19 @@ def _remarks(row: Compared) -> Iterable[str]:
             f"the PSNR difference varies by {parts.between_clips**0.5:.2f} dB from clip to clip "
             f"and by {parts.sampling**0.5:.2f} dB from seed to seed on one clip"
         )
-    paths = [(row.pairs.baseline[unit].get("paths"), result.get("paths")) for unit, result in row.pairs.treated.items()]
+    both = [(row.pairs.baseline[unit], result) for unit, result in row.pairs.treated.items()]
+    paths = [(_shaping(before), _shaping(now)) for before, now in both]
     if other := next((first_difference(*pair) for pair in paths if pair[0] != pair[1]), None):
         yield f"the baseline took another path ({other}), which may shift scores by itself"
+
+
+def _shaping(result: Result) -> dict[str, Any]:
+    """Of a result's paths, those that shape a baseline's video too; why they were chosen is words."""
+    return {
+        name: value
+        for name, value in (result.get("paths") or {}).items()
+        if name not in ("why", "training", "features")
+    }
 
 
 def _refuse_other_protocols(found: dict[Path, list[Result]]) -> None:

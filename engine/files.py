@@ -11,32 +11,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .writers import PATTERN, is_gone, this_writer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-.*")
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}-(?:(?P<writer>" + PATTERN + r")-)?.*")
 ABANDONED_AFTER = 3600.0
 """Seconds without a change after which nobody can be writing a temporary file any more: a write takes seconds."""
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with the same suffix; on success it is flushed to disk and takes the place of `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was.
+    On any exception the temporary file is removed and `path` stays as it was. flush: False for what nothing is decided by and
+    may be lost with the machine's power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
+    temporary = path.with_name("-".join([f".tmp-{uuid.uuid4().hex[:12]}", *filter(None, [this_writer()]), path.name]))
     try:
         yield temporary
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        if flush:
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if flush:
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,27 +49,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path, now: float | None = None) -> None:
     """Remove temporary files, at any depth, that a killed process left; those of live ones stay.
 
-    Told by age, not by process: tasks on other hosts and in other containers share a run directory, and their process
-    numbers say nothing here. now: the time by the file system's own clock; by default this machine's. A process that slept
-    for longer than ABANDONED_AFTER in the middle of a write fails at that write and at no other.
+    Told by the process where its name says that it was one of this machine, and else by age: tasks on other hosts and in other
+    containers share a run directory. now: the time by the file system's own clock; by default this machine's. A process
+    elsewhere that slept for longer than ABANDONED_AFTER in the middle of a write fails at that write and at no other.
     """
     now = time.time() if now is None else now
     for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names if TEMPORARY.fullmatch(name)):
+        for found in filter(None, map(TEMPORARY.fullmatch, names)):
+            path, writer = Path(parent, found.string), found["writer"]
             with suppress(FileNotFoundError):  # another task removes the same ones
-                if now - path.stat().st_mtime > ABANDONED_AFTER:
+                if (writer and is_gone(writer)) or now - path.stat().st_mtime > ABANDONED_AFTER:
                     path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, flush: bool = True) -> None:
     """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, flush: bool = True) -> None:
     """Write JSON atomically; NaN and infinity are refused (they are not JSON)."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", flush)
+
+
+def write_json_once(path: Path, value: Any) -> bool:
+    """Write JSON atomically where no file is yet; False where another process was first, whose file then stays whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{path.name}")
+    write_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:

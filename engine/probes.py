@@ -71,25 +71,30 @@ def _altered(value: Tensor, dim: int, first: int, last: int) -> Tensor:
 
 
 class _Seen(Exception):
-    """Ends a forward pass whose first layer has been reached."""
+    """Ends a forward pass whose first layer has been reached; its argument: the tensors that this was given."""
+
+
+class _Stop:
+    """In place of a path for the layers (models/paths.py): the first one is not computed."""
+
+    def prepare(self, *_: object) -> Callable[..., Tensor]:
+        def stop(layer: nn.Module, *inputs: object) -> Tensor:
+            raise _Seen([value for value in inputs if isinstance(value, Tensor)])
+
+        return stop
 
 
 @torch.no_grad()
 def _first_input(task: Task, draw: Draw) -> list[Tensor]:
     """The tensors that the loss of a draw gives the first layer; nothing after that runs."""
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, inputs: tuple[object, ...]) -> None:
-        found.extend(value for value in inputs if isinstance(value, Tensor))
-        raise _Seen
-
-    handle = task.model.layers[0].register_forward_pre_hook(stop)
+    paths = task.model.paths
+    task.model.paths = _Stop()  # type: ignore[assignment]
     try:
         task.loss(draw)
-    except _Seen:
-        return found
+    except _Seen as seen:
+        return seen.args[0]
     finally:
-        handle.remove()
+        task.model.paths = paths
     raise AssertionError("the network's first layer did not run")
 
 

@@ -11,7 +11,7 @@ from .data.clips import Clip
 from .data.video import to_uint8, write_video
 from .environment import describe_environment
 from .errors import MachineFailed, UserError
-from .files import write_json, write_tensors, write_text
+from .files import write_json, write_json_once, write_tensors, write_text
 from .rundir import first_difference, read_json
 from .session import Session
 
@@ -37,10 +37,11 @@ def write_head(session: Session) -> None:
         raise UserError(f"output_dir {root}: cannot be written ({error.strerror}); choose another") from error
     if not (root / "environment.json").exists():  # the first task's; each result names its own code and paths
         write_json(root / "environment.json", describe_environment(session.models.dit.device))
-    ours, theirs = session.describe_paths(), read_json(root / "choices.json")
-    if theirs is None:
-        write_json(root / "choices.json", ours)
-    elif theirs != ours:
+    ours = session.describe_paths()
+    write_json_once(root / "choices.json", ours)
+    held = read_json(root / "choices.json") or {}
+    theirs = {name: value for name, value in held.items() if name != "measured"}
+    if theirs != ours:
         where = first_difference(theirs, ours)
         print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
 

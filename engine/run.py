@@ -13,35 +13,32 @@ from torch import Tensor
 from .clip import Known, Outcome, Progress, continue_clip, describe, timed
 from .cluster.attempts import persist
 from .cluster.machine import NO_SPACE, system_errors_told
-from .cluster.place import Place, share_compile_cache, this_place, under_torchrun
+from .cluster.place import share_compile_cache, this_place, under_torchrun
 from .cluster.presence import Presence, present
-from .continual import Carried, share_stretches
+from .continual import Carried
 from .data.clips import Clip, clip_hash
 from .data.prepared import check_prepared
 from .data.read import read_clip
 from .data.video import to_model
 from .diagnostics import Curves, HeldOut
-from .errors import Interrupted, MachineFailed, UserError
+from .errors import Interrupted, MachineFailed
 from .files import remove_abandoned, sha256_json, sha256_tensor, write_json
 from .fisher import prepare_fisher, validation_clips
 from .gate import SEEN, Decision, decide
 from .methods import adapts
 from .methods.none import NoAdapter
 from .methods.protocol import Adapter, GradientAdapter
-from .metrics.lpips import LPIPS
-from .metrics.optical_flow import require_flow
 from .models.checkpoint import state_hash
-from .models.load import load_models
 from .models.stdit3 import Caption
 from .plan import plan_lines
 from .preflight import preflight
 from .progress import RunProgress
 from .records import write_failure, write_head, write_kept
 from .references import means
-from .rundir import RunDirectory, check_paired, clip_settings
-from .search import confirmation, raise_unless_disjoint, summarise, trajectories
+from .rundir import check_paired, clip_settings
+from .search import confirmation, summarise, trajectories
 from .session import Session
-from .split import clips_of
+from .start import prepare
 from .stop import StopFlag, stop_flag
 from .study import run_study, trials_left
 from .summary import marks_of, print_summary, write_comparisons, write_last_summary, write_summary
@@ -61,7 +58,7 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
     """
     place = this_place()
     share_compile_cache(Path(recipe.output_dir))
-    session = prepare(recipe, batch_start, batch_end, place)
+    session = prepare(recipe, batch_start, batch_end, place, print if not quiet else lambda text: None)
     directory, arms = session.directory, list(session.arms)
     todo = session.unfinished()
     trained = dict.fromkeys(todo, 0)
@@ -123,40 +120,6 @@ def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | No
             print(f"best on these clips: {searched['best']}; confirming it on {recipe.search.confirm}")
         return run(confirmation(recipe, searched), quiet=quiet)
     return 1 if failed else 0
-
-
-def prepare(recipe: "Recipe", batch_start: int | None, batch_end: int | None, place: Place) -> Session:
-    """List the clips and load the models; whatever is missing for the whole run is said here, before the first clip."""
-    from .recipe import warnings
-
-    folder, output = Path(recipe.data.clips).resolve(), Path(recipe.output_dir)
-    if folder.is_dir() and output.resolve().is_relative_to(folder):
-        raise UserError(
-            f"output_dir {output} lies inside data.clips, {folder}, so its videos would be taken for clips; choose another"
-        )
-    clips = clips_of(recipe)
-    if not clips[batch_start:batch_end]:
-        raise UserError(f"--batch-start {batch_start} lies behind the last of {len(clips)} clips; take a smaller one")
-    chosen = share_stretches(recipe, clips, batch_start, batch_end, place)
-    reason = LPIPS.available()
-    if reason and recipe.scores.lpips == "required":
-        raise UserError(
-            f"scores.lpips is required, but {reason.rstrip('.')}; or set scores.lpips=allow_missing to leave it empty"
-        )
-    if recipe.scores.flow != "none":
-        require_flow(recipe.scores.flow)
-    models = load_models(recipe.model)
-    lpips = LPIPS() if reason is None else None
-    session = Session(
-        recipe, RunDirectory(output), models, clips, chosen, lpips, reason, models.marks, tuple(warnings(recipe))
-    )
-    if recipe.placebos and len(clips) < 2:
-        raise UserError(
-            f"placebos needs a second clip to adapt on, and data.clips has {len(clips)}; leave placebos out"
-        )
-    raise_unless_disjoint(session)
-    _ = session.gates  # a predictor that does not fit its arm is said here
-    return session
 
 
 def run_arms(
@@ -392,7 +355,7 @@ def record(
         **({"gate": decision.describe()} if decision else {}),
         "scores": scores,
         **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
-        "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes},
+        "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes, **outcome.compiled},
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)

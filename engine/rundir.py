@@ -23,6 +23,9 @@ from .data.clips import Clip
 from .errors import UserError
 from .files import sha256_json, write_json
 
+CHECKSUM = "checksum"
+"""The key in a result's file of the SHA-256 of all the others."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -46,8 +49,14 @@ class RunDirectory:
         return self.root / "comparisons" / f"{clip_id}.mp4"
 
     def result(self, arm: str, clip_id: str) -> dict[str, Any] | None:
-        """A finished result; None if there is none or its file is damaged (it is then made again)."""
-        return read_json(self.clip(arm, clip_id) / "result.json")
+        """A finished result; None if there is none or its file is damaged (it is then made again).
+
+        Damaged is what is no JSON object, and what does not match the checksum that it was written with; one without passes.
+        """
+        value = read_json(self.clip(arm, clip_id) / "result.json") or {}
+        if CHECKSUM in value and value.pop(CHECKSUM) != sha256_json(value):
+            return None
+        return value or None
 
     def set_aside_damaged(self, arm: str, clip_id: str) -> Path | None:
         """Rename a result that can be read and is none; returns where it now lies. Raises OSError where it cannot be read."""
@@ -70,7 +79,8 @@ class RunDirectory:
 
     def write_result(self, arm: str, clip_id: str, result: dict[str, Any]) -> None:
         folder = self.clip(arm, clip_id)
-        write_json(folder / "result.json", result)
+        plain = json.loads(json.dumps(result))
+        write_json(folder / "result.json", plain | {CHECKSUM: sha256_json(plain)})
         (folder / "failure.json").unlink(missing_ok=True)
 
     def remove_result(self, arm: str, clip_id: str) -> None:

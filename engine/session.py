@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .arms import Arm, arms_of
+from .choices import PLAIN, Choices
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
 from .data.video import to_uint8, write_video
@@ -49,6 +50,8 @@ class Session:
     marks: tuple[str, ...]
     """What must be said beside every result."""
     warnings: tuple[str, ...] = ()
+    choices: Choices = PLAIN
+    """Which path computes each kind of work."""
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
@@ -126,7 +129,7 @@ class Session:
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """Everything that shapes a video except the method and the clip, as plain JSON; what a user writes comes first."""
-        r = self.recipe
+        r, paths = self.recipe, self.choices.shaping_videos()
         return plain_json(
             {
                 "seed": r.seed,
@@ -138,6 +141,7 @@ class Session:
                 "dtype": r.model.dtype,
                 "device": self.models.dit.device.type,
                 "weights": self.models.hashes,
+                **({"paths": paths} if paths else {}),
             }
         )
 
@@ -151,6 +155,8 @@ class Session:
         value: dict[str, Any] = {"protocol": self.protocol, "method": {"kind": method.kind, **asdict(method)}}
         if adapts(method):
             value["adaptation"] = asdict(self.recipe.adaptation)
+            if paths := self.choices.shaping_adaptation():
+                value["paths"] = paths
         if placebo := self.arms[arm].placebo:
             value["placebo"] = placebo
         return plain_json(value)
@@ -288,9 +294,12 @@ class Session:
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""
         protocol = self.protocol
-        return sha256_json(
-            [content, self.models.hashes["vae"], *(protocol[n] for n in ("seed", "window", "size", "dtype", "device"))]
-        )
+        parts = [
+            content,
+            self.models.hashes["vae"],
+            *(protocol[n] for n in ("seed", "window", "size", "dtype", "device")),
+        ]
+        return sha256_json(parts if self.choices.vae == "plain" else [*parts, self.choices.vae])
 
     def describe_window(self) -> dict[str, Any]:
         """Which frames were seen and which were scored; pixel frames counted from 1, ends included."""
@@ -319,9 +328,7 @@ class Session:
             "threads": torch.get_num_threads() if self.models.dit.device.type == "cpu" else None,
             "vidtta": describe_code(),
             "torch": torch.__version__,
-            "attention": "torch scaled_dot_product_attention",
-            "compile": "none",
-            "kernels": "none",
+            **self.choices.to_json(),
             "posterior": self.recipe.window.posterior,
         }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .choices import describe_choices
 from .data.clips import Clip
 from .errors import UserError
 from .files import write_text
@@ -33,7 +34,10 @@ COLUMNS = [
     *MOTION,
     *(f"{p}_seconds" for p in PHASES),
     "peak_memory_bytes",
+    "graphs",
+    "graph_breaks",
     "steps",
+    "paths",
     "marks",
     "reason",
 ]
@@ -78,13 +82,15 @@ def _arm_row(directory: RunDirectory, arm: str, clip_id: str) -> Row:
         failure = directory.failure(arm, clip_id)
         return row | ({"status": "failed", "reason": failure["reason"]} if failure else {"status": "missing"})
     seconds = result["cost"]["seconds"]
+    paths = describe_choices(result.get("paths", {}), result["adaptation"].get("ways", {}))
     return (
         row
         | {"group": group_of(result)}
         | {"status": "done", "steps": result["adaptation"]["steps"], "marks": "; ".join(result["marks"])}
         | _means(result["scores"])
         | {f"{p}_seconds": round(seconds[p], 4) for p in PHASES}
-        | {"peak_memory_bytes": result["cost"]["peak_memory_bytes"]}
+        | {name: result["cost"].get(name) for name in ("peak_memory_bytes", "graphs", "graph_breaks")}
+        | {"paths": paths}
     )
 
 
@@ -130,8 +136,26 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
         console.print(f"{arm}: PSNR {found.text(2)} dB to {arms[0]}, better on {found.win_rate:.0%}", soft_wrap=True)
     for warning in dict.fromkeys(found.warning for found in against.values() if found.warning):
         console.print(f"NOTE: {warning}", soft_wrap=True)
+    for line in path_lines(rows, arms):
+        console.print(line, soft_wrap=True)
     for mark in marks:
         console.print(f"NOTE: {mark}")
+
+
+def path_lines(rows: list[Row], arms: list[str]) -> list[str]:
+    """Which paths computed each arm, and how many graphs were compiled on how many clips; empty where all is plain."""
+    lines = []
+    for arm in arms:
+        done = [row for row in rows if row["arm"] == arm and row["status"] == "done"]
+        paths = list(dict.fromkeys(row.get("paths") or "" for row in done))
+        if not any("compile" in path or "triton" in path for path in paths):
+            continue
+        lines += [f"paths of {arm}: {path}" for path in paths]
+        made = [row.get("graphs") or 0 for row in done]
+        if any(made):
+            clips, breaks = sum(map(bool, made)), sum(row.get("graph_breaks") or 0 for row in done)
+            lines.append(f"{arm}: {sum(made)} graphs compiled, on {clips} of {len(done)} clips; {breaks} graph breaks")
+    return lines
 
 
 def difference_to(rows: list[Row], baseline: str, arm: str, clips: set[str]) -> PairedDifference:

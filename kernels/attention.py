@@ -27,8 +27,11 @@ SDPA = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-BACKENDS = (*SDPA, "fa4")
-MEASURED = ("fa4", "cudnn", "flash", "efficient")  # math holds every score in memory; it is the reference only
+PACKAGES = ("fa2", "fa4", "xformers")  # flash-attn's second and fourth version, xformers: where they can be imported
+BACKENDS = (*SDPA, *PACKAGES)
+MEASURED = (*PACKAGES, "cudnn", "flash", "efficient")  # math holds every score in memory; it is the reference only
+REPEATABLE = ("flash", "efficient", "math", "fa2")
+"""Those whose backward gives the same bits each time under torch's deterministic algorithms."""
 LARGEST_ERROR = 0.01  # relative to float32; bfloat16 implementations lie near 0.0023
 
 
@@ -56,17 +59,46 @@ def self_attention_shapes(samples: int, grid: Grid, heads: int, dim: int) -> lis
     return shapes
 
 
-def _fa4() -> Callable[..., Any]:
+def _fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+
+    return flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+
+
+def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]
 
-    return flash_attn_func
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+
+    return memory_efficient_attention(q, k, v)
+
+
+_FROM_PACKAGE = {"fa2": _fa2, "fa4": _fa4, "xformers": _xformers}
+
+
+@torch.library.custom_op("vidtta::package_attention", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """A package's attention as one operation that a compiler does not look into; without gradients alone."""
+    return _FROM_PACKAGE[backend](q, k, v).contiguous()
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, backend: str) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of each head, [B, N, H, d], by one of BACKENDS; raises where that one cannot."""
-    if backend == "fa4":
-        out = _fa4()(q_BNHD, k_BLHD, v_BLHD)
-        return out[0] if isinstance(out, tuple) else out
+    """softmax(q k^T / sqrt(d)) v of each head, [B, N, H, d], by one of BACKENDS; raises where that one cannot (compiled, those of
+    PACKAGES cannot give gradients)."""
+    if backend in PACKAGES:
+        if torch.compiler.is_compiling():
+            return _opaque(q_BNHD, k_BLHD, v_BLHD, backend)
+        return _FROM_PACKAGE[backend](q_BNHD, k_BLHD, v_BLHD)
     if backend not in SDPA:
         raise ValueError(f"attention back end must be one of {list(BACKENDS)}, was {backend!r}")
     q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BLHD, v_BLHD))
@@ -149,6 +181,10 @@ def _measure_one(
     shape: Shape, name: str, device: torch.device, dtype: torch.dtype, training: bool, runs: int
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape.key, "backend": name, "training": training}
+    if training and torch.are_deterministic_algorithms_enabled() and name not in REPEATABLE:
+        return row | {
+            "refused": "deterministic algorithms are asked for, and its backward does not give the same bits twice"
+        }
     generator = torch.Generator(device).manual_seed(0)
 
     def rand(length: int) -> Tensor:

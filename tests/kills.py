@@ -43,6 +43,8 @@ COMPARED = ("latents.safetensors", "adapter.safetensors", "video.mp4")
 class Report:
     """What became of the runs. places: what a run was doing when it was killed; left: temporary files of killed runs."""
 
+    each: str = f"{len(CLIPS)} clips in 2 arms"
+    """What a run directory holds."""
     kills: int = 0
     undisturbed: int = 0
     outputs: list[str] = field(default_factory=list)
@@ -55,10 +57,14 @@ class Report:
     seconds: float = 0.0
     places: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def ok(self) -> bool:
+        return not (self.lost or self.doubled or self.differing_bits or self.left_after)
+
     def lines(self) -> list[str]:
         return [
             f"kills {self.kills}; runs that ended before theirs {self.undisturbed}",
-            f"run directories {len(self.outputs)}, each of {len(CLIPS)} clips in 2 arms; results {self.results}",
+            f"run directories {len(self.outputs)}, each of {self.each}; results {self.results}",
             f"lost {self.lost}",
             f"doubled {self.doubled}",
             f"differing bits {self.differing_bits}",
@@ -91,20 +97,20 @@ def kill_runs(lab: Lab, kills: int, seed: int) -> Report:
             report.outputs.append(f"killed {len(report.outputs)}")
         child.close()
         for path in lab.root.glob("killed */arms/*/clips/*/result.json"):
-            finished.setdefault(path, _identity(path))
-    report.left = len(_temporaries(lab))
-    for path in _temporaries(lab):
+            finished.setdefault(path, identity(path))
+    report.left = len(temporaries(lab))
+    for path in temporaries(lab):
         os.utime(path, (time.time() - 2 * ABANDONED_AFTER,) * 2)
     for output in report.outputs:
         assert lab.run(output) == 0
-        _compare(lab, output, report)
-    report.doubled += sum(path.exists() and _identity(path) != identity for path, identity in finished.items())
-    report.left_after = len(_temporaries(lab))
+        compare(lab, output, report)
+    report.doubled += sum(path.exists() and identity(path) != before for path, before in finished.items())
+    report.left_after = len(temporaries(lab))
     report.seconds = time.monotonic() - begun
     return report
 
 
-def _compare(lab: Lab, output: str, report: Report) -> None:
+def compare(lab: Lab, output: str, report: Report) -> None:
     """Count what a finished run directory lacks, has twice, or has otherwise than the undisturbed one."""
     expected, found = lab.results("undisturbed"), lab.results(output)
     report.results += len(found)
@@ -124,11 +130,11 @@ def _bits(a: bytes, b: bytes) -> int:
     return (int.from_bytes(a) ^ int.from_bytes(b)).bit_count() + 8 * abs(len(a) - len(b))
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def identity(path: Path) -> tuple[int, int]:
     return path.stat().st_ino, path.stat().st_mtime_ns
 
 
-def _temporaries(lab: Lab) -> list[Path]:
+def temporaries(lab: Lab) -> list[Path]:
     return [path for path in lab.root.glob("killed */**/.tmp-*") if TEMPORARY.fullmatch(path.name)]
 
 
@@ -148,14 +154,14 @@ def _start(lab: Lab, output: str) -> tuple[Any, Any]:
     """A child that runs into `output` and has loaded its models, and the place in memory where it says what it does."""
     place = FORKS.RawArray("c", 64)
     place.value = LOADING
-    child = FORKS.Process(target=_run_and_tell, args=(lab.argv(output), place))
+    child = FORKS.Process(target=run_and_tell, args=(lab.argv(output), place))
     child.start()
     while place.value == LOADING and child.is_alive():
         time.sleep(0.002)
     return child, place
 
 
-def _run_and_tell(argv: list[str], place: Any) -> None:
+def run_and_tell(argv: list[str], place: Any, log: str = os.devnull) -> None:
     """What a child does: a run that writes into `place` what it is doing: a phase of a clip, or which file it writes."""
 
     @contextmanager
@@ -179,7 +185,7 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
 
         return wrapper
 
-    def file_of(path: Path) -> str:
+    def file_of(path: Path, flush: bool = True) -> str:
         return f"writing {path.parent.name if path.parent.name in SHARED else path.name}"
 
     def loaded(*inputs: Any) -> Any:
@@ -195,7 +201,7 @@ def _run_and_tell(argv: list[str], place: Any) -> None:
     for module in (files, video):
         module.atomic_path = context(module.atomic_path, file_of)
     try:
-        run_in_child(argv)
+        run_in_child(argv, log)
     finally:
         place.value = ENDED
 
@@ -213,7 +219,7 @@ def main() -> int:
     print(text, end="")
     if arguments.log:
         files.write_text(arguments.log, text)
-    return int(bool(report.lost or report.doubled or report.differing_bits or report.left_after))
+    return int(not report.ok)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ..errors import UserError
 Item = TypeVar("Item")
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+COMPILE_CACHE = "VIDTTA_COMPILE_CACHE"
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # a batch script without srun has no step
 
 
@@ -54,13 +55,18 @@ def under_torchrun() -> bool:
 
 
 def share_compile_cache(root: Path) -> None:
-    """Let the tasks of a batch job find what others on the same host compiled for this run; a user's own setting goes before.
+    """Let tasks find what others on the same host compiled; a user's own TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR go before.
 
-    A folder a host: torch and Triton write cache files under a name with their process's number and rename them, which keeps
-    processes of one host apart, and those of two hosts not.
+    In a folder of COMPILE_CACHE where the environment names one; else, in a batch job, of the run directory, as a node's /tmp goes
+    with the job; else where torch and Triton keep theirs, one place a user and host, which serves later runs too. A folder a host: torch
+    and Triton write cache files under a name with their process's number and rename them, which keeps processes of one host
+    apart, and those of two hosts not.
     """
-    if "SLURM_JOB_ID" not in os.environ and not under_torchrun():
+    if wanted := os.environ.get(COMPILE_CACHE):
+        folder = Path(wanted).resolve() / os.uname().nodename
+    elif "SLURM_JOB_ID" in os.environ or under_torchrun():
+        folder = root.resolve() / "shared" / "compiled" / os.uname().nodename
+    else:
         return
-    folder = root.resolve() / "shared" / "compiled" / os.uname().nodename
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

@@ -40,7 +40,7 @@ class Presence:
         """A clip begins."""
         self.said |= {"arm": arm, "clip": clip_id, "clip_since": time.time()}
         with suppress(OSError):
-            write_json(self.path, self.said)
+            write_json(self.path, self.said, flush=False)
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(BEAT):

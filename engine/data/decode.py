@@ -106,13 +106,17 @@ def rounding(stream: Any) -> float:
     return max(2e-6, tick / 2 if tick <= 1e-3 else 0.0)
 
 
-def upright(path: Path, stream: Any, picture: Any) -> tuple[Tensor, float]:
-    """A PyAV frame as uint8 [3, H, W], turned as the file says, and its pixels' width over their height."""
-    from av.video.reformatter import Interpolation
+def upright(path: Path, stream: Any, picture: Any, scaler: Any = None) -> tuple[Tensor, float]:
+    """A PyAV frame as uint8 [3, H, W], turned as the file says, and its pixels' width over their height.
+
+    scaler: PyAV's VideoReformatter, one for all pictures of a file, as setting one up takes longer than using it.
+    """
+    from av.video.reformatter import Interpolation, VideoReformatter
 
     # FFmpeg's quick conversion darkens by about one level in 255; this one has no bias, and equal bits on any CPU.
     exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-    rgb_3HW = torch.from_numpy(picture.to_ndarray(format="rgb24", interpolation=exact)).permute(2, 0, 1)
+    rgb = (scaler or VideoReformatter()).reformat(picture, format="rgb24", interpolation=exact)
+    rgb_3HW = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
     quarters, rest = divmod(picture.rotation, 90)
     if rest:
         raise UserError(f"{path}: turned by {picture.rotation} degrees; only quarter turns are read: convert the file")

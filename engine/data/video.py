@@ -32,7 +32,10 @@ def read_window(
     the decoder has just made; decoding stops soon after the last frame needed.
     Raises UserError when the file is missing, no video, too short, damaged before the window is full or over a limit.
     """
+    from av.video.reformatter import VideoReformatter
+
     assert min(frames, fps) > 0 <= start, (frames, fps, start)
+    scaler = VideoReformatter()
     window_F3HW = torch.empty(frames, 3, height, width, dtype=torch.uint8)
     filled, damage = 0, ""
     time, gap, shown = 0.0, 1 / fps, None  # a lone picture counts for one frame
@@ -47,7 +50,7 @@ def read_window(
                 until = time + gap - 3 * rounding(stream)  # a time and a difference of two, each of them rounded
             due = min(frames, math.ceil((until - start) * fps))  # frames 0 to due - 1 come before `until`
             if due > filled and shown is not None:
-                window_F3HW[filled:due] = fill(*upright(path, stream, shown), height, width)
+                window_F3HW[filled:due] = fill(*upright(path, stream, shown, scaler), height, width)
                 filled = due
             if next_shown is None:
                 break
@@ -96,7 +99,7 @@ def write_video(path: Path, frames_F3HW: Tensor, fps: float) -> None:
     One thread and no date: the same frames give the same bytes.
     """
     import av
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
     assert frames_F3HW.dtype == torch.uint8, frames_F3HW.dtype
     height, width = frames_F3HW.shape[2:]
@@ -111,10 +114,12 @@ def write_video(path: Path, frames_F3HW: Tensor, fps: float) -> None:
         # Players guess the matrix of an untagged file from its height.
         codec.colorspace, codec.color_range = Colorspace.SMPTE170M, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.SMPTE170M, ColorTrc.SMPTE170M
+        scaler = VideoReformatter()  # one for all frames: setting it up takes longer than using it
         for frame_3HW in frames_F3HW:
             rgb_HW3 = frame_3HW.permute(1, 2, 0).cpu().numpy()
             even_HW3 = np.pad(rgb_HW3, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(even_HW3), format="rgb24").reformat(
+            picture = scaler.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(even_HW3), format="rgb24"),
                 format="yuv420p",
                 dst_colorspace=Colorspace.SMPTE170M,
                 dst_color_range=ColorRange.MPEG,

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--vae-lr", type=float, default=8e-4)
     parser.add_argument("--dit-steps", type=int, default=20000)
     parser.add_argument("--dit-batch", type=int, default=64, help="clips a step and card")
-    parser.add_argument("--dit-lr", type=float, default=1e-3)
+    parser.add_argument("--dit-lr", type=float, default=1.5e-3)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end each part after so long, if its steps take longer"
     )

@@ -8,6 +8,7 @@ as they are when a clip is continued.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,8 @@ WORDS = 48
 """Longest caption of the world, in words."""
 CLIP, ADAPTATION = (15, 7), (7, 3)
 """Latent frames and how many of them are known: of a clip, and of its adaptation."""
-SHAPES = (CLIP, ADAPTATION, CLIP, CLIP, ADAPTATION, CLIP, CLIP, ADAPTATION, CLIP, (15, 5), CLIP, ADAPTATION) * 2 + (
-    (15, 9),
-)
-"""What the steps train in turn: mostly these two, now and then other windows."""
+SHAPES = (CLIP, ADAPTATION, CLIP) * 8 + ((15, 9),)
+"""What the steps train in turn: mostly these two, now and then 32 known frames."""
 DROP = 0.05
 """Share of clips without text; of those without condition; of those without both."""
 RENEWED = 96
@@ -175,7 +174,8 @@ def train_dit(
     if cards.device.type == "cuda":
         for layer in dit.layers:
             layer.compile(dynamic=False)  # spatial and temporal layers share one graph each, a shape
-    trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards)
+    matrices = [m.weight for layer in dit.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards, matrices)
     batches = Batches(vae, plan, cards, bank)
     latent_size = (HEIGHT // 8, WIDTH // 8)
     geometries = {
@@ -185,12 +185,10 @@ def train_dit(
     more = True
     while more:
         shape = SHAPES[trainer.taken % len(SHAPES)]
-        latents, noise, t, drop, rows = batches.take(trainer.taken, *shape)
-        with cards.autocast():
-            loss = continuation_loss(dit, table, geometries[shape], latents, noise, t, drop, rows)
-        loss.backward()
+        loss = partial(continuation_loss, dit, table, geometries[shape])
+        value = trainer.backward(shape, lambda *batch, loss=loss: (loss(*batch),), *batches.take(trainer.taken, *shape))
         more = trainer.step()
-        losses.setdefault(shape, []).append(loss.detach())
+        losses.setdefault(shape, []).append(value)
         if trainer.taken % 100 == 2 or not more:
             means = {f"loss_{T}_{known}": torch.stack(v).mean().item() for (T, known), v in losses.items()}
             log(trainer.taken, means | {"clips": batches.drawn * batches.part * cards.count})

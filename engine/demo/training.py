@@ -7,7 +7,7 @@ its share of every batch and gradients are averaged; the weights then stay equal
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ..recorded import Recorded
+from .muon import Muon
 
 PIECE_BYTES = 16_000_000
 """Largest weight file; below 16 MiB."""
@@ -67,30 +70,60 @@ class Plan:
 
 
 class Trainer:
-    """AdamW steps on trained tensors, equal on every card, and the running average of their values.
+    """Steps on trained tensors, equal on every card, and the running average of their values.
 
+    AdamW, but for the `matrices` among them, which take Muon's steps (muon.py).
     Gradients are views of one flat buffer: one message between the cards and one norm.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards, matrices: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.parameters, self.plan, self.cards = list(parameters), plan, cards
+        apart = {id(p) for p in matrices}
+        rest = [p for p in self.parameters if id(p) not in apart]
         fused = cards.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        self.optimizers: list[torch.optim.Optimizer | Muon] = [
+            torch.optim.AdamW(rest, plan.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        ]
+        if matrices:
+            self.optimizers.append(Muon(matrices, plan.lr))
         self.averages = [p.detach().clone() for p in self.parameters]
         self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=cards.device)
         parts = self.gradient.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
+        self.records: dict[Hashable, Recorded] = {}
         self.taken, self.progress, self.start = 0, 0.0, time.perf_counter()
 
+    def backward(self, kind: Hashable, losses: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
+        """Add the gradient of the first of `losses(*inputs)` to the buffer; returns all of them, detached, [number of losses].
+
+        On a card the first computation of a kind is recorded, and later ones of it, whose inputs have the same shapes, replayed.
+        """
+
+        def compute(*inputs: Tensor) -> Tensor:
+            with self.cards.autocast():
+                values = losses(*inputs)
+            values[0].backward()
+            return torch.stack([value.detach() for value in values])
+
+        if self.cards.device.type == "cpu":
+            return compute(*inputs)
+        if kind not in self.records:
+            self.records[kind] = Recorded(compute, inputs, warm_ups=3)
+            self.gradient.zero_()
+        return self.records[kind](*inputs).clone()
+
     def step(self) -> bool:
-        """One AdamW step on the gradients' mean over the cards, clipped at norm 1; returns whether another one follows."""
+        """One step on the gradients' mean over the cards, clipped at norm 1; returns whether another one follows."""
         self.cards.average(self.gradient)
         self.gradient *= (1 / self.gradient.norm().clamp(min=1e-6)).clamp(max=1)
         rise = min(1.0, (self.taken + 1) / self.plan.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * rise * (0.5 + 0.5 * math.cos(math.pi * self.progress))
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.plan.lr * rise * (0.5 + 0.5 * math.cos(math.pi * self.progress))
+            optimizer.step()
         self.gradient.zero_()
         # The average is short at first, so that the start is forgotten.
         decay = min(self.plan.decay, (1 + self.taken) / (10 + self.taken))

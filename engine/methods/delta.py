@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
+from ..models.paths import method_path, raise_if_strict
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
-from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep
 
@@ -180,9 +181,27 @@ class DeltaAdapter:
         self.masters = Masters([self.layer.d])
         self.fisher: Fisher | None = None
         self.trace = Trace()
+        self.on_kernels, way = self._choose_fit()
+        self.ways = {"fit on cached features": way}
         # Of each pixel's 2C outputs only the first C are the velocity.
         outputs = torch.arange(self.base.linear.out_features, device=model.device)
         self.used = (outputs % (2 * model.config.in_channels) < model.config.in_channels).nonzero().flatten()
+
+    def _choose_fit(self) -> tuple[bool, str]:
+        """Whether the delta is fitted on the kernels of delta_features.py, and how in words; raises ValueError where they were asked
+        for by name and cannot do it."""
+        settings = self.settings
+        if isinstance(settings, DeltaClosedForm):
+            return False, "normal equations in float64"
+        plain = f"autograd, {describe_steps(self.masters, settings)}"
+        if method_path(self.model) != "triton":
+            return False, plain
+        parts = [part for part in ("l2", "ewc", "early_stopping") if getattr(settings, part)]
+        if not parts:
+            return True, "Triton kernels, all steps on the device"
+        why = f"the delta's kernels do not take {' and '.join(parts)}"
+        raise_if_strict(self.model, why)
+        return False, f"{plain} ({why})"
 
     @torch.no_grad()
     def cache(self, task: Task) -> list[CachedDraw]:
@@ -226,7 +245,7 @@ class DeltaAdapter:
                 "draw; use more draws or fewer ranges"
             )
         zero_loss = torch.stack([c.zero_loss for c in cached]).mean()
-        if isinstance(self.settings, Delta) and self.model.paths is not None:
+        if isinstance(self.settings, Delta) and self.on_kernels:
             return self._fit(self.settings, cached, zero_loss.item(), on_step)
         if isinstance(self.settings, Delta):
             ridge, rows = self.settings.ridge, self.layer.d
@@ -255,15 +274,19 @@ class DeltaAdapter:
         return self.trace
 
     def _fit(self, settings: Delta, cached: list[CachedDraw], zero_loss: float, on_step: OnStep) -> Trace:
-        """The same steps on the kernels of delta_features.py, all of them on the device; on_step follows."""
+        """The same steps on the kernels of delta_features.py, all of them on the device; then each again for on_step, its delta in
+        force and the trace as far as it."""
         from .delta_fit import draw_objective, fit
 
-        rows = torch.cat([self.layer.range_of(c.state.timestep) for c in cached])
-        trace = fit(
-            draw_objective(self.layer, self.used, cached), self.layer.d.detach(), rows, settings, settings.ridge
-        )
-        trace.zero_losses = [zero_loss] * trace.steps
-        for step, loss in enumerate(trace.losses):
+        rows, delta = torch.cat([self.layer.range_of(c.state.timestep) for c in cached]), self.layer.d.detach()
+        found, deltas = fit(draw_objective(self.layer, self.used, cached), delta, rows, settings, settings.ridge)
+        self.trace = trace = Trace()
+        for step, loss in enumerate(found.losses):
+            delta.copy_(deltas[step])
+            trace.steps += 1
+            trace.losses.append(loss)
+            trace.gradient_norms.append(found.gradient_norms[step])
+            trace.zero_losses.append(zero_loss)
             on_step(step, loss)
         return trace
 

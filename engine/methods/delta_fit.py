@@ -52,8 +52,9 @@ def fit(
     settings: AdamW,
     ridge: float = 0.0,
     graph: bool | None = None,
-) -> Trace:
-    """Take `settings.steps` steps on objective + ridge |delta|^2, in place on delta [ranges, D] float32.
+) -> tuple[Trace, Tensor]:
+    """Take `settings.steps` steps on objective + ridge |delta|^2, in place on delta [ranges, D] float32; returns also the delta after
+    each step, [steps, ranges, D].
 
     range_of_draw: [K] int64, which row each draw uses. graph: replay a captured step (default: on a GPU).
     Raises FloatingPointError, after the last step, if a loss or gradient was not finite.
@@ -61,8 +62,10 @@ def fit(
     device, steps, s = delta_RD.device, settings.steps, settings
     first, second = torch.zeros_like(delta_RD), torch.zeros_like(delta_RD)
     count = torch.zeros((), device=device)
-    place = torch.zeros(1, dtype=torch.long, device=device)
     losses, norms = (torch.zeros(steps, device=device) for _ in range(2))
+    deltas = torch.zeros(steps, *delta_RD.shape, device=device)
+    rates = torch.tensor([s.lr * s.rate(step, steps) for step in range(steps)], device=device)
+    numbers = torch.arange(steps, device=device)
     member = (range_of_draw_K == torch.arange(len(delta_RD), device=device)[:, None]).float()[:, :, None]  # [R, K, 1]
 
     def step() -> None:
@@ -71,30 +74,32 @@ def fit(
         if ridge:
             gradient = gradient + 2 * ridge * delta_RD
         norm = gradient.norm()
-        losses.index_copy_(0, place, loss.float().reshape(1))
-        norms.index_copy_(0, place, norm.reshape(1))
+        now = numbers == count  # which step this is, without asking the device; elementwise, so it can be captured
+        losses.copy_(torch.where(now, loss.float(), losses))
+        norms.copy_(torch.where(now, norm, norms))
+        lr = (rates * now).sum()
         if s.gradient_clip:
             gradient = gradient * (s.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-        place.add_(1)
         count.add_(1)
         if s.weight_decay:
-            delta_RD.mul_(1 - s.lr * s.weight_decay)
+            delta_RD.mul_(1 - lr * s.weight_decay)
         first.lerp_(gradient, 1 - s.betas[0])
         second.mul_(s.betas[1]).addcmul_(gradient, gradient, value=1 - s.betas[1])
         root = (second / (1 - s.betas[1] ** count)).sqrt().add_(s.eps)
-        delta_RD.sub_(s.lr * (first / (1 - s.betas[0] ** count)) / root)
+        delta_RD.sub_(lr * (first / (1 - s.betas[0] ** count)) / root)
+        deltas.copy_(torch.where(now[:, None, None], delta_RD, deltas))
 
     if graph is None:
         graph = device.type == "cuda"
     if graph:
-        _replay(step, [delta_RD, first, second, count, place], steps)
+        _replay(step, [delta_RD, first, second, count], steps)
     else:
         for _ in range(steps):
             step()
     found = torch.stack([losses, norms]).tolist()
     if not torch.isfinite(torch.tensor(found)).all():
         raise FloatingPointError("the loss or its gradient is not finite; a smaller lr may help")
-    return Trace(steps=steps, losses=found[0], gradient_norms=found[1])
+    return Trace(steps=steps, losses=found[0], gradient_norms=found[1]), deltas
 
 
 def _replay(step: Callable[[], Any], state: list[Tensor], times: int) -> None:

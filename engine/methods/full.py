@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
+from ..models.paths import method_path, records
 from ..models.stdit3 import STDiT3
-from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
+from .recorded_loss import RecordedLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,11 @@ class FullAdapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
-        self.masters = Masters(list(self.trained.values()), fused=model.paths is not None)
+        self.masters = Masters(list(self.trained.values()), fused=method_path(model) != "plain")
+        self.ways = {
+            "optimizer": describe_steps(self.masters, settings),
+            "steps": "recorded" if records(model) else "launched",
+        }
         self.fisher: Fisher | None = None
         self.trace = Trace()
 
@@ -52,6 +58,7 @@ class FullAdapter:
             self.masters,
             self.settings,
             lambda step: task.loss(task.draw(step)),
+            descend=RecordedLoss(self.masters, task.draw, task.loss) if records(self.model) else None,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=self.base,

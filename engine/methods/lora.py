@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.common import MAX_RANK
-from ..adaptation import AdaptationSettings, Task
+from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
 from ..models.lora_linear import LoRALinear
+from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, STDiT3
 from ..seeds import generator_for
-from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
+from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
+from .recorded_loss import RecordedLoss
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -86,15 +88,24 @@ class LoRAAdapter:
         self.cut = len(layers) - count
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
+        fast = method_path(model) != "plain"
+        self.extends = fast and settings.rank <= MAX_RANK
+        why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
+        if fast and not self.extends:
+            raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for index in range(self.cut, len(layers)):
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters(
-            [p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=model.paths is not None
-        )
+        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
+        self.records = records(model) and not settings.cache_prefix
+        self.ways = {
+            "steps": "recorded" if self.records else "launched",
+            "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
+            "optimizer": describe_steps(self.masters, settings),
+        }
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.restore()
@@ -109,7 +120,7 @@ class LoRAAdapter:
                 f"rank must be at most {min(base.in_features, base.out_features)} for {target}, was {rank}"
             )
         adapter = LoRALinear(base, rank, self.settings.alpha)
-        if self.model.paths is not None and rank <= MAX_RANK:
+        if self.extends:
             adapter.extend()
         setattr(parent, name, adapter)
         self._slots.append((parent, name, base))
@@ -149,12 +160,16 @@ class LoRAAdapter:
                     prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
             return task.loss_from(prefixes[k], draw, self.cut, text)
 
+        def recorded(draw: Draw) -> Tensor:
+            return task.loss(draw, fixed_text)
+
         self.trace = Trace()
         zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
             loss,
+            descend=RecordedLoss(self.masters, task.draw, recorded) if self.records else None,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],

@@ -50,6 +50,7 @@ class NoAdapter:
     steps = 0
 
     def __init__(self, sampling_steps: int | None = None) -> None:
+        self.ways: dict[str, str] = {}
         self.sampling_steps = sampling_steps
         self.trace = Trace()
 

@@ -14,6 +14,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from ..recorded import Recorded
 from .parts import BestStep, Fisher, Parts, Penalties
 
 
@@ -74,8 +75,8 @@ class Masters:
     """Float32 masters of a list of parameters, in storage that lives as long as the method is attached.
 
     A float32 parameter is its own master. `publish` sets the network's weights from the masters, and what is computed from
-    those (on_publish); `reset` takes the masters back to given values. fused: take steps by fused_adamw.py, a few parameters
-    at a time, without float32 gradients of all of them.
+    those (on_publish); `reset` takes the masters back to given values. fused: take steps by FusedAdamW, a few parameters
+    at a time, without float32 gradients of all of them. record: of the last clip's steps, where these are recorded.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Masters:
         self.parameters = list(parameters)
         self.on_publish = on_publish
         self.fused = fused
+        self.record: Recorded | None = None
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
 
     def take_gradients(self) -> None:
@@ -117,6 +119,7 @@ def optimize(
     *,
     zero_loss: Callable[[int], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    descend: Callable[[int], Tensor] | None = None,
     ahead: Callable[[int], object] = lambda step: None,
     start: Sequence[Tensor] = (),
     fisher: Fisher | None = None,
@@ -126,6 +129,7 @@ def optimize(
 ) -> Trace:
     """Take `settings.steps` steps on loss(step) + penalty(); the optimizer's moments start from zero.
 
+    descend(step), where given, takes the place of computing loss(step) and its gradients (recorded_loss.py).
     ahead(step) may prepare a step while the device works on the one before. start, fisher: the unadapted masters and what EWC
     weighs by, for the settings' penalties; held_out: the loss that early stopping looks at. on_step(step, loss) runs after each
     step and may raise to stop; the weights in force are then the step's, and `trace` (given to be read there, and returned) says
@@ -134,8 +138,7 @@ def optimize(
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
     trace = Trace() if trace is None else trace
     penalties = Penalties(settings, start, fisher) if settings.l2 or settings.ewc else None
-    # A penalty adds to float32 gradients of all parameters, which the fused steps never have at once.
-    fused = masters.fused and penalties is None
+    fused = takes_fused_steps(masters, settings)
     optimizer = FusedAdamW(masters, settings) if fused else PlainAdamW(masters, settings, penalties)
     best = None
     if settings.early_stopping:
@@ -144,9 +147,11 @@ def optimize(
         trace.held_out = best.losses
     try:
         for step in range(settings.steps):
-            value = loss(step)
-            total = value if penalty is None else value + penalty()
-            total.backward()
+            if descend is not None:
+                value = descend(step)
+            else:
+                value = loss(step)
+                (value if penalty is None else value + penalty()).backward()
             norm = optimizer.gradient_norm()
             zero = None if zero_loss is None else zero_loss(step)
             if step + 1 < settings.steps:
@@ -174,6 +179,18 @@ def optimize(
         for tensor in (*masters.tensors, *masters.parameters):
             tensor.grad = None
     return trace
+
+
+def takes_fused_steps(masters: Masters, settings: AdamW) -> bool:
+    """Whether `optimize` steps by FusedAdamW. A penalty adds to float32 gradients of all parameters, which that never has at once."""
+    return masters.fused and not (settings.l2 or settings.ewc)
+
+
+def describe_steps(masters: Masters, settings: AdamW) -> str:
+    """Which optimizer `optimize` takes, for the record."""
+    if takes_fused_steps(masters, settings):
+        return "torch's fused AdamW, a few parameters at a time"
+    return "torch's AdamW" + (" (the fused one takes no penalty)" if masters.fused else "")
 
 
 class PlainAdamW:

@@ -55,6 +55,8 @@ class Adapter(Protocol):
 
     trace: Trace
     """What the running or last `adapt` has done so far."""
+    ways: dict[str, str]
+    """How it computes what is its own, in words, by part; where that is not the fastest way, why. For the record."""
 
     @property
     def steps(self) -> int:

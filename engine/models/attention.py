@@ -26,6 +26,7 @@ class Backends(NamedTuple):
 
 
 DEFAULT = Backends()
+STRETCH = 256  # queries, at least, that one block of a backward goes through
 
 
 class RMSNorm(nn.Module):
@@ -84,6 +85,25 @@ def attend(
         return attend_by(q_BNHD, k_BLHD, v_BLHD, backend)
     q, k, v = (t.transpose(1, 2) for t in (q_BNHD, k_BLHD, v_BLHD))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def attend_to_few(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+    """`attend` of many queries to a caption's few keys. The backward of flash attention runs one block a head and block of keys, 16
+    on a whole card for one caption; stretches of queries as a batch give it more to do at once."""
+    parts = _equal_parts(q_BNHD.shape[1])
+    if backend is None or mask is not None or parts == 1 or not torch.is_grad_enabled():
+        return attend(q_BNHD, k_BLHD, v_BLHD, mask, backend)
+    q = q_BNHD.unflatten(1, (parts, -1)).flatten(0, 1)
+    k, v = (t.unsqueeze(1).expand(-1, parts, -1, -1, -1).flatten(0, 1) for t in (k_BLHD, v_BLHD))
+    return attend(q, k, v, backend=backend).unflatten(0, (-1, parts)).flatten(1, 2)
+
+
+def _equal_parts(queries: int) -> int:
+    """The most equal parts of at least STRETCH queries."""
+    parts = max(1, queries // STRETCH)
+    while queries % parts:
+        parts -= 1
+    return parts
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, backends: tuple[str | None, ...] = DEFAULT.windows) -> Tensor:
@@ -180,11 +200,11 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         if known_text is None or geometry.known == 0:
-            out = attend(q, text.keys, text.values, text.mask, backends.cross)
+            out = attend_to_few(q, text.keys, text.values, text.mask, backends.cross)
         else:
             split = geometry.known_tokens
             k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (known_text.keys, known_text.values))
-            known = attend(q[:, :split], k, v, known_text.mask, backends.cross)
-            rest = attend(q[:, split:], text.keys, text.values, text.mask, backends.cross)
+            known = attend_to_few(q[:, :split], k, v, known_text.mask, backends.cross)
+            rest = attend_to_few(q[:, split:], text.keys, text.values, text.mask, backends.cross)
             out = torch.cat([known, rest], dim=1)
         return self.proj(out.flatten(2))

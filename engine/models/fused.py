@@ -73,7 +73,7 @@ def _self_attention(
 
 def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
     """x + gate * proj(a), a in window order where there is a grid."""
-    if isinstance(proj, LoRALinear):
+    if isinstance(proj, LoRALinear) and proj.extended is not None:  # else a rank that the kernel does not take
         base = proj.base
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
     return gate_residual(x, proj(a), gate, grid)

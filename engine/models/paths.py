@@ -21,6 +21,10 @@ from .stdit3 import Layer, Mlp, STDiT3
 
 GRAPHS = 64  # how many graphs of one layer may be compiled: kinds x shapes x methods, far below this
 
+MethodPath = Literal["plain", "fused", "triton"]
+"""How methods compute what is theirs. plain: as written; fused: LoRA in one product, AdamW in torch's fused kernel; triton: that,
+and the delta's steps on the kernels of delta_features.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
@@ -36,6 +40,12 @@ class Paths:
     cross: str | None = None
     gelu_in_product: bool = False
     compiler: str | Callable[..., Any] = "inductor"
+    methods: MethodPath = "triton"
+    recorded: bool = True
+    """On a card: record a clip's steps as a CUDA graph (methods/recorded_loss.py); changes no bit."""
+    strict: bool = False
+    """Whether a method that cannot take its `methods` path raises ValueError when it is attached; else it takes the next slower
+    one and says so."""
     _run: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
@@ -80,9 +90,60 @@ class Paths:
         return run
 
 
-def use_paths(model: STDiT3, paths: Paths | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PathsByWork:
+    """A path for each kind of work; None is the plain one.
+
+    training: with gradients; features: without, a batch of at most `features_tokens` tokens, where launching weighs as much as
+    computing; sampling: larger ones. methods, strict: as `Paths` has them.
+    """
+
+    training: Paths | None
+    features: Paths | None
+    sampling: Paths | None
+    features_tokens: int
+    methods: MethodPath
+    strict: bool = False
+
+    @property
+    def gelu_in_product(self) -> bool:
+        """An MLP's way is one for all work without gradients, so both must want it."""
+        return all(paths is not None and paths.gelu_in_product for paths in (self.features, self.sampling))
+
+    def prepare(
+        self, model: STDiT3, tokens: Tensor, texts: tuple[TextStates | None, ...], geometry: Geometry
+    ) -> Callable[..., Tensor]:
+        """As `Paths.prepare`, of the path for the work at hand."""
+        if torch.is_grad_enabled():
+            paths = self.training
+        else:
+            paths = self.features if tokens.shape[0] * tokens.shape[1] <= self.features_tokens else self.sampling
+        return Layer.__call__ if paths is None else paths.prepare(model, tokens, texts, geometry)
+
+
+AnyPaths = Paths | PathsByWork
+
+
+def use_paths(model: STDiT3, paths: AnyPaths | None) -> None:
     """Compute the layers of a network this way from now on; None is the plain path."""
     model.paths = paths
     for module in model.modules():
         if isinstance(module, Mlp):
             module.first = linear_gelu if paths is not None and paths.gelu_in_product else None
+
+
+def method_path(model: STDiT3) -> MethodPath:
+    """How methods compute what is theirs on a network."""
+    return "plain" if model.paths is None else model.paths.methods
+
+
+def records(model: STDiT3) -> bool:
+    """Whether a clip's steps are recorded on a network: on a card, where a fast path trains it."""
+    paths = model.paths.training if isinstance(model.paths, PathsByWork) else model.paths
+    return paths is not None and paths.recorded and model.device.type == "cuda"
+
+
+def raise_if_strict(model: STDiT3, reason: str) -> None:
+    """Raise ValueError with why a method cannot take its fast path, where that path was asked for by name."""
+    if model.paths is not None and model.paths.strict:
+        raise ValueError(f"{reason}; take model.kernels: auto, which records this, or plain")

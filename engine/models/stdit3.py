@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import DEFAULT, Backends, CrossAttention, LayerText, SelfAttention, TextStates
 from .geometry import Geometry, build_geometry
 from .rope import Rope
 
 if TYPE_CHECKING:
-    from .paths import Paths
+    from .paths import AnyPaths
 
 # Fields of the published config.json that choose kernels or training behaviour, not the function computed here.
 # fmt: off
@@ -232,8 +233,10 @@ class STDiT3(nn.Module):
         self.spatial_blocks = nn.ModuleList(Layer(config, windowed=False) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(Layer(config, windowed=True) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, 2 * channels)
-        self.paths: Paths | None = None
+        self.paths: AnyPaths | None = None
         """How the layers are computed; None is the plain path (paths.py)."""
+        self.recompute = False
+        """Whether a layer's activations are computed again for the backward pass, not kept (recompute.py)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -313,7 +316,11 @@ class STDiT3(nn.Module):
         run = Layer.__call__ if self.paths is None else self.paths.prepare(self, tokens, (text, known_text), geometry)
         for index, layer in list(enumerate(self.layers))[start:stop]:
             known = None if known_text is None else known_text.at(index)
-            tokens = run(layer, tokens, state.modulation, text.at(index), known, geometry)
+            inputs = (layer, tokens, state.modulation, text.at(index), known, geometry)
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = run(*inputs)
         return state._replace(tokens=tokens)
 
     def head(self, state: Embedded, geometry: Geometry) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .vae_layers import GROUPS, Decoder, Encoder
+from .vae_layers import GROUPS, Decoder, Encoder, Norm
 
 CHUNK_FRAMES = 17
 CHUNK_LATENTS = 5
@@ -59,7 +59,7 @@ class VAEConfig:
     """Sizes of the VAE; the defaults are the published model's."""
 
     ch: int = 128
-    """Width of the first level, a multiple of 32 (the groups of a norm)."""
+    """Width of the first level, a multiple of 32 (the groups of a published norm)."""
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
     """Width of each of the four levels, in multiples of `ch`."""
     num_res_blocks: int = 2
@@ -70,6 +70,9 @@ class VAEConfig:
     """Channels of the pixels that are decoded."""
     z_channels: int = 16
     """Latent channels; 16, because the normalisation is known for 16."""
+    norm_groups: int = GROUPS
+    """Groups of every norm. Small widths need fewer: with one or two channels a group the norm takes a chunk's mean colours away,
+    and the latents of a chunk whose first frames alone are known contradict those of the whole chunk."""
 
     def __post_init__(self) -> None:
         if self.ch < 1 or self.ch % GROUPS:
@@ -79,6 +82,8 @@ class VAEConfig:
         for name in ("num_res_blocks", "in_channels", "out_ch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VAE config: {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.norm_groups < 1 or GROUPS % self.norm_groups:
+            raise ValueError(f"VAE config: norm_groups is {self.norm_groups}; it must divide {GROUPS}.")
         if self.z_channels != len(LATENT_MEAN):
             raise ValueError(f"VAE config: z_channels is {self.z_channels}; it must be {len(LATENT_MEAN)}.")
 
@@ -162,6 +167,9 @@ class VAE(nn.Module):
         shared = {"ch": config.ch, "ch_mult": config.ch_mult, "z_channels": config.z_channels}
         self.encoder = Encoder(**shared, num_res_blocks=config.num_res_blocks, in_channels=config.in_channels)
         self.decoder = Decoder(**shared, num_res_blocks=config.num_res_blocks + 1, out_ch=config.out_ch)
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.num_groups = config.norm_groups
         self.fast: dict[str, Callable[[Tensor], Tensor]] = {}
         """What runs in place of `encoder` and `decoder` (vae_fast.py); empty on the plain path."""
 

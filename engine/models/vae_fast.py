@@ -5,6 +5,7 @@ padding of their own; what lies between them (kernels/norm_silu_pad.py) keeps th
 cannot run (`triton` False) their references compute the same, and a compiler may fuse them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,11 +123,14 @@ def _lay_out(coder: nn.Module, last: bool) -> None:
         parameter.data = parameter.data.contiguous(memory_format=order)
 
 
-def use_channels_last(vae: VAE, triton: bool, compiled: bool = False) -> None:
-    """Run the VAE in this order from now on; its weights are laid out anew, their values and names stay."""
+def use_channels_last(
+    vae: VAE, triton: bool, compiled: bool = False, compiler: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Run the VAE in this order from now on; its weights are laid out anew, their values and names stay. compiler: torch.compile's
+    back end."""
     for name in ("encoder", "decoder"):
         fast = ChannelsLast(getattr(vae, name), triton)
-        run = torch.compile(fast.forward, dynamic=False) if compiled else fast.forward
+        run = torch.compile(fast.forward, backend=compiler, dynamic=False, fullgraph=True) if compiled else fast.forward
         vae.fast[name] = run
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32  # of every GroupNorm
+GROUPS = 32  # of every published GroupNorm
 
 
 def pad_time(x_BCTHW: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class CausalConv3d(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm over 32 groups; its statistics span all frames it is given, so it is not causal in time."""
+    """GroupNorm, as published over 32 groups; its statistics span all frames it is given, so it is not causal in time."""
 
     def __init__(self, channels: int, *, eps: float = 1e-6):
         super().__init__(GROUPS, channels, eps)

@@ -3,8 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from vidtta.engine.files import (
     sha256_json,
     sha256_tensor,
     write_json,
+    write_json_once,
     write_text,
 )
 
@@ -65,6 +71,14 @@ def test_content_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatc
     assert events == ["sync, exists False", "replace", "sync, exists True"]
 
 
+def test_what_may_be_lost_is_not_flushed_and_still_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: pytest.fail("flushed"))
+    write_json(tmp_path / "task.json", {"clip": "ball"}, flush=False)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "task.json", {"clip": float("nan")}, flush=False)
+    assert json.loads((tmp_path / "task.json").read_text()) == {"clip": "ball"} and names(tmp_path) == ["task.json"]
+
+
 def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path):
     path = tmp_path / "result.json"
     with atomic_path(path) as first, atomic_path(path) as second:
@@ -72,6 +86,20 @@ def test_two_writers_do_not_share_a_temporary_file(tmp_path: Path):
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first" and names(tmp_path) == ["result.json"]
+
+
+def test_of_many_writers_at_once_the_first_one_stays(tmp_path: Path):
+    path, gate, first = tmp_path / "deep" / "one.json", Barrier(8), []
+
+    def write(number: int) -> None:
+        gate.wait()
+        if write_json_once(path, {"by": number}):
+            first.append(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert len(first) == 1 and json.loads(path.read_text()) == {"by": first[0]}
+    assert os.listdir(path.parent) == ["one.json"]
 
 
 def test_text_is_utf8(tmp_path: Path):
@@ -121,6 +149,28 @@ def test_only_abandoned_temporary_files_are_removed(tmp_path: Path):
     assert young.exists() and all(path.exists() for path in others)
     remove_abandoned(tmp_path, now + 120)
     assert not young.exists()
+
+
+def test_what_a_killed_process_left_is_removed_at_once_and_what_a_live_one_writes_stays(tmp_path: Path):
+    halfway = "import sys, time; from pathlib import Path; from vidtta.engine.files import atomic_path\n"
+    halfway += "with atomic_path(Path(sys.argv[1])) as path: path.write_text('half'); print('half', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", halfway, tmp_path / "video.mp4"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout and child.stdout.readline() == "half\n"
+        (left,) = tmp_path.iterdir()
+        remove_abandoned(tmp_path)
+        assert left.exists()
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its number is still taken
+        elsewhere = left.with_name(re.sub(r"-[0-9a-f]{8}\.", "-00000000.", left.name))
+        again = left.with_name(re.sub(r"\.\d+\.\d+-", f".{os.getpid()}.1-", left.name))  # its number is ours by now
+        for path in (elsewhere, again):
+            path.write_text("half")
+        remove_abandoned(tmp_path)
+        assert list(tmp_path.iterdir()) == [elsewhere]
+    finally:
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)

@@ -1,6 +1,7 @@
 """The faster paths compute what the plain path computes, forward and backward."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from vidtta.engine.denoiser import Denoiser
 from vidtta.engine.methods.full import FullFineTuning
+from vidtta.engine.methods.lora import LoRA
 from vidtta.engine.methods.optimize import FusedAdamW, Masters, PlainAdamW
 from vidtta.engine.models.lora_linear import LoRALinear
 from vidtta.engine.models.paths import Paths, use_paths
@@ -15,8 +17,10 @@ from vidtta.engine.models.rule_weights import fill_by_rule
 from vidtta.engine.models.stdit3 import Caption, Condition, STDiT3
 from vidtta.engine.models.vae import VAE, VAEConfig
 from vidtta.engine.models.vae_fast import use_channels_last, use_plain
+from vidtta.engine.recompute import recomputed
+from vidtta.kernels.common import INTERPRETED
 
-from .tiny import noise, tiny_dit
+from .tiny import noise, tiny_dit, tiny_task
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +110,36 @@ def test_channels_last_is_the_same_autoencoder():
         assert list(vae.state_dict()) == names
         use_plain(vae)
         assert torch.equal(vae.encode(pixels), plain[0])
+
+
+@pytest.mark.parametrize("kernels", ["torch", "compiled", "triton"])
+def test_what_ran_out_of_memory_is_tried_again_on_the_same_path(kernels: str):
+    """With checkpointing the gradients are those without, to the bit, and a layer's own activations are not kept."""
+    if kernels == "triton" and not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("Triton needs a GPU or its interpreter")
+    model, counter = tiny_dit(depth=1), CompileCounterWithBackend("aot_eager")
+    if kernels != "torch":
+        compiled = kernels == "compiled"
+        use_paths(model, Paths(kernels="torch" if compiled else "triton", compiled=compiled, compiler=counter))
+    adapter = LoRA(rank=4, targets=("attn.qkv", "attn.proj", "mlp.fc1")).attach(model, 0)
+    task = tiny_task(model)
+    found, kept = [], []
+    for again in (False, True):
+        bytes_kept = [0]
+
+        def pack(tensor: Tensor, bytes_kept: list[int] = bytes_kept) -> Tensor:
+            bytes_kept[0] += tensor.nbytes
+            return tensor
+
+        with recomputed(model) if again else nullcontext():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = task.loss(task.draw(0))
+            loss.backward()
+        found.append([loss.detach(), *(p.grad for p in adapter.masters.parameters)])
+        kept.append(bytes_kept[0])
+        for parameter in adapter.masters.parameters:
+            parameter.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) > 1
+    assert kept[1] < kept[0] / 2 and not model.recompute
+    if kernels == "compiled":
+        assert counter.frame_count == 2

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from vidtta.engine import run as run_module
 from vidtta.engine import session as session_module
+from vidtta.engine import start as start_module
 from vidtta.engine.data.video import read_window, to_model
 from vidtta.engine.environment import describe_code
 from vidtta.engine.metrics.complexity import compute_complexity
@@ -85,7 +85,7 @@ def test_a_result_says_what_was_done(lab, first):
             "window",
             "paths",
         ),
-        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost"),
+        *("adapted_on", "made_from", "generated", "adaptation", "scores", "cost", "checksum"),
     ]
     named = {key: result[key] for key in ("clip", "arm", "caption", "start")}
     assert named == {"clip": "ball", "arm": "full", "caption": "Ball.", "start": 0.0}
@@ -116,9 +116,13 @@ def test_a_result_says_what_was_done(lab, first):
         "threads": 1,
         "vidtta": describe_code(),
         "torch": torch.__version__,
+        "training": "plain",
+        "features": "plain",
+        "sampling": "plain",
+        "vae": "plain",
         "attention": "torch scaled_dot_product_attention",
-        "compile": "none",
-        "kernels": "none",
+        "why": dict.fromkeys(("training", "features", "sampling", "vae"), "auto on a CPU")
+        | {"attention": "auto without measuring"},
         "posterior": "mode",
     }
     assert result["paths"]["device"].startswith("cpu (")
@@ -141,6 +145,7 @@ def test_a_result_says_what_was_done(lab, first):
         "held_out": [],
         "kept_step": None,
         "change": {"master": 0.0, "effective": 0.0, "changed": 0, "trained": 0},
+        "ways": {},
     }
 
 
@@ -317,8 +322,8 @@ def test_scores_begin_where_the_window_says(lab):
 
 def test_neither_shards_nor_order_nor_random_numbers_before_change_a_bit(lab, first, monkeypatch):
     loaded = []
-    load = run_module.load_models
-    monkeypatch.setattr(run_module, "load_models", lambda settings: loaded.append(load(settings)) or loaded[-1])
+    load = start_module.load_models
+    monkeypatch.setattr(start_module, "load_models", lambda settings: loaded.append(load(settings)) or loaded[-1])
     reversed_arms = dict(reversed(ARMS.items()))
     torch.manual_seed(1)
     assert lab.run("shards", "--batch-start", "1", arms=reversed_arms) == 0

@@ -17,6 +17,14 @@ def test_eight_clips_leave_nothing_behind(tmp_path):
     "fault", [{"seconds": 99.0}, {"again": 6.0}, {"samples": [(k * 2**20, 5) for k in range(100)]}]
 )
 def test_what_a_soak_finds(fault):
-    good = {"clips": 100, "samples": [(2**30, 5)] * 100, "seconds": 50.0, "work": 45.0, "again": 1.0}
+    good = {
+        "clips": 100,
+        "samples": [(2**30, 5)] * 100,
+        "seconds": 50.0,
+        "work": 45.0,
+        "wall": 60.0,
+        "load": 1.0,
+        "again": 1.0,
+    }
     assert Soak(**good).ok
     assert not Soak(**(good | fault)).ok

@@ -166,11 +166,16 @@ def test_shares_make_the_whole(world):
 
 
 def test_the_compile_cache_is_a_folder_a_host_and_only_in_jobs(tmp_path, monkeypatch):
-    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHINDUCTOR_CACHE_DIR"):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHINDUCTOR_CACHE_DIR", "VIDTTA_COMPILE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
     share_compile_cache(tmp_path)
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("VIDTTA_COMPILE_CACHE", str(tmp_path / "named"))
+    share_compile_cache(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/named/{os.uname().nodename}/inductor"
+    for name in ("VIDTTA_COMPILE_CACHE", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     share_compile_cache(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/shared/compiled/{os.uname().nodename}/inductor"

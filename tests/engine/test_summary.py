@@ -9,7 +9,7 @@ from vidtta.engine.data.clips import Clip
 from vidtta.engine.data.video import read_window, write_video
 from vidtta.engine.errors import Interrupted
 from vidtta.engine.rundir import RunDirectory
-from vidtta.engine.summary import COLUMNS, print_summary, write_comparisons, write_summary
+from vidtta.engine.summary import COLUMNS, path_lines, print_summary, write_comparisons, write_summary
 from vidtta.engine.window import Window
 
 ARMS = ["baseline", "full"]
@@ -177,3 +177,20 @@ def test_a_stop_comes_between_clips(directory, clips):
 
     with pytest.raises(Interrupted):
         compare(directory, clips, stop)
+
+
+def test_the_paths_of_each_arm_and_where_graphs_were_compiled():
+    def row(arm: str, paths: str, graphs: int, **more) -> dict:
+        return {"arm": arm, "status": "done", "paths": paths, "graphs": graphs, "graph_breaks": 0, **more}
+
+    rows = [
+        row("lora", "sampling triton", 4),
+        row("lora", "sampling triton", 0),
+        row("lora", "sampling plain", 1, graph_breaks=2),
+    ]
+    rows += [row("plain", "sampling plain", 0), {"arm": "lora", "status": "failed", "reason": "no"}]
+    assert path_lines(rows, ["plain", "lora"]) == [
+        "paths of lora: sampling triton",
+        "paths of lora: sampling plain",
+        "lora: 5 graphs compiled, on 2 of 3 clips; 2 graph breaks",
+    ]

@@ -103,11 +103,11 @@ class Lab:
         return self.read(output, "arms", arm, "clips", clip, "result.json")
 
     def results(self, output: str) -> dict[str, dict[str, Any]]:
-        """All results of a run but for what they cost and which commit made them, by arm/clip."""
+        """All results of a run but for what they cost and which commit made them (and the checksum of all), by arm/clip."""
         found = {}
         for path in sorted((self.root / output / "arms").glob("*/clips/*/result.json")):
             result = json.loads(path.read_text())
-            del result["cost"], result["paths"]["vidtta"]
+            del result["cost"], result["paths"]["vidtta"], result["checksum"]
             found[f"{path.parts[-4]}/{path.parts[-2]}"] = result
         return found
 

@@ -1,5 +1,6 @@
 """The choice of an attention implementation by measurement."""
 
+import importlib.util
 import json
 
 import pytest
@@ -77,3 +78,35 @@ def test_the_fastest_wins_for_each_shape_and_a_pin_wins_over_it():
 def test_a_shape_that_was_not_measured_is_an_error():
     with pytest.raises(KeyError, match="2x17x17x2x8 was not measured"):
         Choice({"a": "cudnn"}).backend(SMALL, training=False)
+
+
+@pytest.mark.filterwarnings("ignore:Error detected")
+@pytest.mark.parametrize("name", attention.PACKAGES)
+def test_a_packages_attention_is_one_operation_of_a_graph_and_has_no_compiled_backward(name, monkeypatch):
+    monkeypatch.setitem(attention._FROM_PACKAGE, name, plain)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    q, k, v = (rand(2, 17, 3, 8, dtype=dtype, seed=s) for s in range(3))
+    assert torch.equal(attend(q, k, v, name), plain(q, k, v))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(q, k, v, name), plain(q, k, v))
+    with pytest.raises(RuntimeError, match="autograd"):
+        compiled(q.requires_grad_(), k, v, name).sum().backward()
+    torch._dynamo.reset()
+
+
+def test_a_package_that_is_not_there_is_a_reason():
+    present = [
+        n for n in attention.PACKAGES if importlib.util.find_spec("xformers" if n == "xformers" else "flash_attn")
+    ]
+    rows = measure([SMALL], CPU, torch.float32, training=False, backends=attention.PACKAGES, runs=1)
+    assert all("refused" in row for row in rows if row["backend"] not in present)
+
+
+def test_with_deterministic_algorithms_training_takes_none_whose_backward_is_not_repeatable():
+    assert torch.are_deterministic_algorithms_enabled()  # of the tests' conftest, as of a recipe's default
+    rows = measure([SMALL], CPU, torch.float32, training=True, backends=("cudnn", "xformers", "flash"), runs=1)
+    assert ["deterministic" in row.get("refused", "") for row in rows] == [True, True, False]
+    torch.use_deterministic_algorithms(False)
+    (row,) = measure([SMALL], CPU, torch.float32, training=True, backends=("cudnn",), runs=1)
+    assert "deterministic" not in row["refused"]

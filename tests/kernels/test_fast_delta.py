@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from vidtta.engine.methods.delta import Delta, Site
+from vidtta.engine.methods.delta import Delta, DeltaAdapter, Site
+from vidtta.engine.methods.parts import L2ToStart
 from vidtta.engine.models.paths import Paths, use_paths
 
 from tests.engine.tiny import tiny_dit, tiny_latents, tiny_task
@@ -13,9 +14,10 @@ SITES: list[Site] = ["pre", "mid", "post"]
 
 def adapted(site: Site, fast: bool, latents: Tensor, **settings) -> tuple[Tensor, list[float], list[float]]:
     model = tiny_dit()
-    adapter = Delta(steps=8, site=site, **settings).attach(model, 0)
     if fast:
         use_paths(model, Paths())
+    adapter = Delta(steps=8, site=site, **settings).attach(model, 0)
+    assert adapter.on_kernels == fast
     seen: list[float] = []
     trace = adapter.adapt(tiny_task(model, latents=latents), lambda step, loss: seen.append(loss))
     assert seen == trace.losses and len(trace.zero_losses) == 8
@@ -27,7 +29,39 @@ def adapted(site: Site, fast: bool, latents: Tensor, **settings) -> tuple[Tensor
 def test_the_same_steps(site: Site, odd: bool):
     latents = tiny_latents()[..., : 5 if odd else 6]  # an odd side: outputs that do not count
     settings = {"ranges": 2, "ridge": 0.1, "gradient_clip": 0.01, "weight_decay": 0.1}
-    for kwargs in ({}, settings):
+    rates = {"schedule": "cosine", "warmup": 3}
+    for kwargs in ({}, settings, rates):
         plain, fast = (adapted(site, which, latents, **kwargs) for which in (False, True))
         for a, b in zip(plain, fast, strict=True):
             torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=2e-4, atol=2e-5)
+
+
+def test_after_each_step_its_delta_is_in_force_and_the_trace_as_long():
+    """What snapshots and diagnostics look at; a run stopped there has the plain method's delta."""
+    latents, found = tiny_latents(), []
+    for fast in (False, True):
+        model = tiny_dit()
+        if fast:
+            use_paths(model, Paths())
+        adapter = Delta(steps=4).attach(model, 0)
+        seen: list[Tensor] = []
+
+        def look(step: int, loss: float, adapter: DeltaAdapter = adapter, seen: list[Tensor] = seen) -> None:
+            assert adapter.trace.steps == step + 1 == len(adapter.trace.losses) and adapter.trace.losses[-1] == loss
+            seen.append(adapter.state()["d"])
+
+        adapter.adapt(tiny_task(model, latents=latents), look)
+        found.append(torch.stack(seen))
+    assert not torch.equal(found[0][0], found[0][1])
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5)
+
+
+def test_what_the_kernels_do_not_take_is_said_or_refused():
+    model, settings = tiny_dit(), Delta(l2=L2ToStart(weight=1.0))
+    use_paths(model, Paths())
+    adapter = settings.attach(model, 0)
+    assert not adapter.on_kernels and "do not take l2" in adapter.ways["fit on cached features"]
+    adapter.detach()
+    use_paths(model, Paths(strict=True))
+    with pytest.raises(ValueError, match=r"do not take l2; take model\.kernels: auto"):
+        settings.attach(model, 0)

@@ -70,7 +70,10 @@ def test_an_array_then_its_comparison(slurm, lab, undisturbed):
     assert [slurm.wait(f"{array}_{k}")["JobState"] for k in range(2)] == ["COMPLETED"] * 2
     assert lab.results("array") == undisturbed
     assert slurm.wait(compare)["JobState"] == "COMPLETED"
-    assert slurm.wait(report)["JobState"] in ("COMPLETED", "FAILED")
+    log = lab.root / f"array/logs/report-{report}.out"
+    assert slurm.wait(report)["JobState"] == "COMPLETED", log.read_text()
+    page = (lab.root / "array/analysis_report.html").read_text()
+    assert "baseline" in page and "delta" in page
     assert (lab.root / f"array/logs/{array}_1.out").read_text().count("PSNR") >= CLIPS
     assert cli.main(["status", str(lab.root / "array")]) == 0
     before = made(lab, "array")

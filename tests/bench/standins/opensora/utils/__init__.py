@@ -1,0 +1,1 @@
+"""A stand-in, not the official code."""

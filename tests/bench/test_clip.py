@@ -1,0 +1,69 @@
+"""Whole-clip rows on a small network, and the quality of the trained small model beside them."""
+
+import pytest
+import torch
+from vidtta.bench import clip, suite
+from vidtta.bench.clip_quality import Quality
+from vidtta.bench.step_scene import small_scene
+from vidtta.engine.methods.lora import LoRAAdapter
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the CPU")
+CPU = torch.device("cpu")
+
+
+def row_of(name: str, **changes) -> suite.Row:
+    clips = clip.Clips(small_scene(CPU), **({"quality": "not asked for", "small": True} | changes))
+    (row,) = suite.run(clip.ROWS, [name], clips, 600)
+    return row
+
+
+def test_a_row_has_phases_memory_path_and_what_is_kept():
+    row = row_of("clip lora_last_14 plain", twice=True)
+    assert "error" not in row, row
+    assert list(row["seconds"]) == ["encode", "adapt", "sample", "decode", "restore"]
+    assert row["ms"] == pytest.approx(1e3 * sum(row["seconds"].values())) and row["steps"] == 2
+    assert (
+        row["same_bits_twice"] and row["path"].startswith("plain PyTorch") and row["quality_absent"] == "not asked for"
+    )
+    assert set(row["saved_s"]) == {"captions, sampling", "captions, adapting", "layers before the first adapted"}
+    taken = row["seconds"]["adapt"] + row["seconds"]["sample"]
+    faster = 1 + sum(row["saved_s"].values()) / taken
+    assert row["inference_speedup_from_cached_activations"] == pytest.approx(faster) and faster > 1
+
+
+def test_a_row_that_leaves_weights_changed_has_no_time(monkeypatch: pytest.MonkeyPatch):
+    detach = LoRAAdapter.detach
+
+    def careless(self: LoRAAdapter) -> None:
+        self.model.final_layer.linear.bias.data.add_(1.0)
+        detach(self)
+
+    monkeypatch.setattr(LoRAAdapter, "detach", careless)
+    row = row_of("clip lora plain")
+    assert "not bit for bit" in row["error"] and "ms" not in row
+
+
+def test_quality_stands_beside_cost_and_an_option_that_changes_the_result_is_seen():
+    quality = Quality(CPU, torch.float32, clips=1, steps=2, short=True)
+    plain = quality.measure("none", "plain")
+    assert (
+        5 < plain["psnr"] < 40
+        and 0 < plain["ssim"] < 1
+        and plain["temporal_error"] > 0
+        and "psnr_to_exact" not in plain
+    )
+    same = quality.measure("none", "compiled")
+    assert same["psnr_to_exact"] > 60 and same["psnr"] == pytest.approx(plain["psnr"], abs=0.01)
+    with torch.no_grad():
+        quality.scene.experiment.dit.final_layer.linear.weight.mul_(1.05)
+    assert quality.measure("none", "compiled")["psnr_to_exact"] < 60
+
+
+def test_quality_that_cannot_be_measured_leaves_the_cost():
+    class Broken:
+        def measure(self, name: str, path: str) -> None:
+            raise OSError("no weights")
+
+    assert clip.quality_of(clip.Clips(small_scene(CPU), Broken()), "none", "plain") == {  # type: ignore[arg-type]
+        "quality_absent": "OSError: no weights"
+    }

@@ -1,0 +1,98 @@
+"""Peers: against stand-ins of the official package's names and signatures, which say `stand-in` in every row; never the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from vidtta.bench import record, suite
+from vidtta.bench.peers import attention, sdpa
+
+STANDINS = Path(__file__).parent / "standins"
+CPU = torch.device("cpu")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the CPU")
+
+
+def peers(out: Path, *words: str, path: Path | str = STANDINS, **environment: str) -> dict[str, dict]:
+    """Rows of a peer's program, run with other packages in front of the installed ones."""
+    command = [sys.executable, "-m", "vidtta.bench.peers.opensora", "--check", "--out", str(out), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(path)} | environment
+    )
+    assert out.exists(), done.stdout + done.stderr
+    return {row["row"]: row for row in json.loads(out.read_text())["rows"]}
+
+
+@on_cpu
+def test_model_sampler_vae_and_training_are_held_against_the_official_ones_and_timed(tmp_path: Path):
+    kinds = ["branches", "sampler", "full", "vae encode"]
+    rows = peers(
+        tmp_path / "a.json", "--only", *(f"opensora {kind} official" for kind in kinds), "opensora branches eager"
+    )
+    for kind in kinds:
+        row = rows[f"opensora {kind} official"]
+        assert row["peer"] == "opensora 1.3.0+stand.in" and row["ms"] > 0, row
+        assert row["against"]["distance"] <= 1e-6 < row["against"]["allowed"] and "official code" in row["path"]
+    assert "SDPA in its place" in rows["opensora branches official"]["path"]
+    ours = rows["opensora branches eager"]
+    assert ours["ratio"] == pytest.approx(rows["opensora branches official"]["ms"] / ours["ms"])
+    timed = record.read(tmp_path / "a.json").times
+    assert {f"peers::opensora {kind} official" for kind in kinds} <= set(timed)
+
+
+@on_cpu
+def test_an_official_code_that_computes_otherwise_gets_no_time(tmp_path: Path):
+    rows = peers(
+        tmp_path / "a.json", "--only", "opensora branches official", "opensora branches eager", "opensora full official",
+        STANDIN_IS_WRONG="1",
+    )  # fmt: skip
+    for name in ("opensora branches official", "opensora full official"):
+        assert "relative distance" in rows[name]["error"] and "ms" not in rows[name]
+    assert rows["opensora branches eager"]["absent"] == "there is no official result to hold it against"
+    assert record.read(tmp_path / "a.json").times == {}
+
+
+def test_what_cannot_be_imported_says_why(tmp_path: Path):
+    (tmp_path / "none").mkdir()
+    (row,) = peers(tmp_path / "a.json", path=tmp_path / "none").values()
+    assert row["absent"].startswith("opensora is not installed; pip install --no-deps git+https://")
+    broken = tmp_path / "broken/opensora/models/stdit"
+    broken.mkdir(parents=True)
+    (tmp_path / "broken/opensora/__init__.py").touch()
+    (broken / "stdit3.py").write_text("import timm_of_another_world\n")
+    (row,) = peers(tmp_path / "b.json", path=tmp_path / "broken").values()
+    assert "cannot be imported: No module named 'timm_of_another_world'" in row["absent"]
+
+
+def test_attention_in_the_place_of_missing_packages():
+    q, k, v = torch.randn(3, 1, 12, 2, 8).double()
+    together = sdpa.memory_efficient_attention(
+        q, k[:, :9], v[:, :9], attn_bias=sdpa.BlockDiagonalMask.from_seqlens([5, 7], [3, 6])
+    )
+    for rows, keys in ((slice(0, 5), slice(0, 3)), (slice(5, 12), slice(3, 9))):
+        logits = torch.einsum("bnhd,blhd->bhnl", q[:, rows], k[:, keys]) / 8**0.5
+        apart = torch.einsum("bhnl,blhd->bnhd", logits.softmax(-1), v[:, keys])
+        torch.testing.assert_close(together[:, rows], apart)
+    causal = sdpa.flash_attn_func(q, k, v, softmax_scale=0.1, causal=True)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    other = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.1)
+    torch.testing.assert_close(causal, other.transpose(1, 2))
+
+
+def test_an_attention_package_is_checked_at_every_shape():
+    rows = attention.rows_of("xformers", small=True)
+    right = attention.Bench("xformers", lambda q, k, v: sdpa.attention(q, k, v), CPU, None, None)
+    wrong = attention.Bench("xformers", lambda q, k, v: sdpa.attention(q, k, v, scale=0.3), CPU, None, None)
+    assert {name.split()[-1] for name in rows} == {"training", "forward"}
+    for row in suite.run(rows, list(rows), right, 60):
+        assert "error" not in row and row["against"]["error"] < 1e-5
+    assert all("relative error" in row["error"] for row in suite.run(rows, list(rows), wrong, 60))
+
+
+def test_packages_that_are_not_here_are_rows_with_a_reason():
+    with pytest.raises(suite.Absent, match=r"flash_attn is not installed; pip install|cannot be imported"):
+        attention.load("flash-attn")
