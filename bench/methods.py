@@ -5,7 +5,7 @@ Run: python -m vidtta.bench.methods --out FILE.json --minutes 9 [--paths fused] 
      python -m vidtta.bench.methods --list
 
 Weights and frames are random: cost, never quality. Arms, sampler, window and adaptation are those of recipes/08_method_comparison.yaml
-(another with `--recipe`). Each arm adapts twice: first with one step of sampling, so that what happens once a process (allocator,
+(another with `--recipe`). Each arm adapts twice: first with two steps of sampling, so that what happens once a process (allocator,
 handles, compiling) is in no figure but `first_seconds`. A row: encode, adapt, sample, decode and total (with restoring) in seconds, peak
 memory of adapting and of the whole clip in GiB; afterwards the network is bit for bit as before, or the row says that it is not. Rows are
 printed and written as they are done; an arm for which no time is left is named under `skipped`, and an arm that fails has its reason.
@@ -93,6 +93,11 @@ class PeakOfAdapting:
         self.bytes = peak_memory(self.device) or 0
 
 
+def shortened(experiment: Experiment) -> Experiment:
+    """Two steps of sampling: one that guides over three branches, and one of the prompt's branch alone where guidance oscillates."""
+    return dataclasses.replace(experiment, sampler=dataclasses.replace(experiment.sampler, steps=2, force_steps=1))
+
+
 def measure(experiment: Experiment, known: Known, other: Known, case: Case, encode: float) -> Row:
     """Seconds and GiB of one clip under one arm. encode: seconds that its known frames took."""
     device = experiment.dit.device
@@ -117,7 +122,7 @@ def measure(experiment: Experiment, known: Known, other: Known, case: Case, enco
     try:
         first = 0.0
         if adapter.steps:
-            _, first = run(dataclasses.replace(experiment, sampler=dataclasses.replace(experiment.sampler, steps=1)))
+            _, first = run(shortened(experiment))
         outcome, total = run(experiment)
     finally:
         adapter.detach()
@@ -147,8 +152,7 @@ def run(scene: "Scene", cases: dict[str, Case], seconds: float, write: Any = lam
     known = Known("bench", latents, scene.caption())
     other = Known("other", latents.flip(-1), scene.caption())
     # What happens once a process is not the baseline's, which takes no step that could warm up for it.
-    short = dataclasses.replace(experiment, sampler=dataclasses.replace(experiment.sampler, steps=1))
-    continue_clip(short, known, METHODS["none"]().attach(experiment.dit, 0))
+    continue_clip(shortened(experiment), known, METHODS["none"]().attach(experiment.dit, 0))
     for name, case in cases.items():
         row: Row = {"arm": name, "placebo": case.placebo, "settings": dataclasses.asdict(case.method)}
         start = time.monotonic()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arms import arms_of
 from ..errors import UserError
-from ..rundir import RunDirectory
+from ..rundir import RunDirectory, read_json
 from ..split import clips_of
 from .presence import running
 
@@ -93,7 +93,7 @@ def status_of(root: Path) -> RunStatus:
         raise UserError(f"{root}: no run directory (it holds no recipe.yaml); name the output_dir of a run")
     recipe, directory, now = load_recipe(str(root / "recipe.yaml")), RunDirectory(root), time.time()
     ids, note = _clip_ids(recipe, directory)
-    arms = {arm: _arm_status(directory, arm, ids) for arm in arms_of(recipe)}
+    arms = {arm: _arm_status(directory, arm, ids) for arm in arms_of(recipe)} | _trials(recipe, directory, ids)
     return RunStatus(root, len(ids), arms, running(root, now), now, note)
 
 
@@ -118,6 +118,17 @@ def _arm_status(directory: RunDirectory, arm: str, ids: list[str]) -> ArmStatus:
         else:
             status.left += 1
     return status
+
+
+def _trials(recipe: "Recipe", directory: RunDirectory, ids: list[str]) -> dict[str, ArmStatus]:
+    """A search by Optuna: the arms of its finished trials, which leave nothing to do, and at most so many clips of those to come."""
+    if recipe.search is None or recipe.search.sampler != "optuna":
+        return {}
+    trials = (read_json(directory.root / "study.json") or {"trials": []})["trials"]
+    done = {trial["arm"]: [one for one in ids if directory.result(trial["arm"], one)] for trial in trials}
+    left = recipe.search.trials - len(trials)
+    to_come = {f"{left} trials to come": ArmStatus(left=left * len(ids))} if left > 0 else {}
+    return {arm: _arm_status(directory, arm, made) for arm, made in done.items()} | to_come
 
 
 def cost_of(result: Mapping[str, Any]) -> float:

@@ -2,9 +2,11 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vidtta.engine import clip as clip_module
 from vidtta.engine.clip import continue_clip
 from vidtta.engine.diagnostics import Curves, DiagnosticSettings, HeldOut, at_levels
 from vidtta.engine.evaluation import TIMESTEPS, evaluate
@@ -75,15 +77,17 @@ def test_kl_is_that_of_two_gaussians():
         assert curves.found["kl"][-1][level] == pytest.approx(expected, rel=1e-4)
 
 
-def test_early_stopping_is_told_apart():
+@pytest.mark.parametrize(("every", "looks"), [(1, [0, 1, 2]), (5, [0])])
+def test_early_stopping_is_told_apart(every, looks):
+    """It stops after two steps and goes back to the start: no look says of the start that it is the end."""
     method = FullFineTuning(steps=6, lr=0.3, early_stopping=EarlyStopping(patience=2))
     model = tiny_dit(depth=1)
     adapter = method.attach(model, 0)
-    curves = Curves(DiagnosticSettings(every=1), tiny_experiment(), lambda a, b: {})
+    curves = Curves(DiagnosticSettings(every=every), tiny_experiment(), lambda a, b: {})
     curves.begin(tiny_task(model), adapter)
     adapter.adapt(tiny_task(model), lambda step, loss: curves.step(step + 1))
     curves.adapted()
-    assert curves.found["steps"] == [0, 1, 2]
+    assert curves.found["steps"] == looks and adapter.trace.steps == 2 and adapter.trace.kept_step == 0
     assert all(pair == [0.0, 0.0] for pair in curves.found["layers"].values())
 
 
@@ -108,15 +112,17 @@ def test_a_run_writes_them_and_adds_them_when_asked_later(tmp_path, capsys):
         assert "diagnostics.held_out shares the clip ball with data.clips" in one_sentence(capsys)
 
 
-def test_the_time_of_watching_is_apart_from_that_of_adapting():
+def test_the_time_of_watching_is_apart_from_that_of_adapting(monkeypatch):
+    """On a clock that a look puts forward by 1000 s."""
+    real, ahead = time.perf_counter, [0.0]
+    monkeypatch.setattr(clip_module, "time", SimpleNamespace(perf_counter=lambda: real() + ahead[0]))
+
     class Slow(Curves):
         def step(self, steps):
-            time.sleep(0.2)
+            ahead[0] += 1000
 
     experiment = tiny_experiment(window=SHORT)
     adapter = METHODS["delta"].attach(experiment.dit, 0)
     slow = Slow(DiagnosticSettings(every=1), experiment, lambda a, b: {})
-    known = tiny_known(experiment)
-    plain = continue_clip(experiment, known, adapter).seconds["adapt"]
-    seconds = continue_clip(experiment, known, adapter, observer=slow).seconds
-    assert seconds["observe"] > 3 * 0.2 and seconds["adapt"] < plain + 0.3
+    seconds = continue_clip(experiment, tiny_known(experiment), adapter, observer=slow).seconds
+    assert seconds["observe"] > 3 * 1000 and 0 < seconds["adapt"] < 1000

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from vidtta.engine import cli
 from vidtta.engine import run as run_module
 from vidtta.engine.errors import Interrupted
 
@@ -67,7 +68,7 @@ def test_trials_are_pruned_and_their_other_clips_are_not_run(lab, whole):
 
 
 @pytest.mark.parametrize("clips_before", [6, 9])
-def test_a_study_that_was_stopped_has_the_same_trials_and_bits(lab, whole, monkeypatch, clips_before):
+def test_a_study_that_was_stopped_has_the_same_trials_and_bits(lab, whole, monkeypatch, capsys, clips_before):
     output, begun, real = f"stopped {clips_before}", [], run_module.run_clip
 
     def stop(*arguments):
@@ -80,7 +81,9 @@ def test_a_study_that_was_stopped_has_the_same_trials_and_bits(lab, whole, monke
         patch.setattr(run_module, "run_clip", stop)
         assert lab.run(output, search=SEARCH) == 130
     assert len(lab.results(output)) == clips_before
+    assert cli.main(["status", str(lab.root / output)]) == 3 and " trials to come" in capsys.readouterr().out
     assert lab.run(output, search=SEARCH) == 0
+    assert cli.main(["status", str(lab.root / output)]) == 0 and "to come" not in capsys.readouterr().out
     assert lab.read(output, "study.json") == whole and lab.results(output) == lab.results("whole")
     assert lab.read(output, "search.json")["best"] == lab.read("whole", "search.json")["best"]
 
