@@ -351,6 +351,8 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "lora compiled + attention": training(LORA, "compiled + attention"),
     "lora fused, budget 0.7": training(LORA, "fused", budget=0.7),
     "full compiled": training(FULL, "compiled"),
+    "lora fused, launched": training(LORA, "fused, launched"),
+    "full fused, launched": training(FULL, "fused, launched"),
     "full fused, not compiled": training(FULL, "fused, not compiled"),
     "delta features fused": delta_features("fused"),
     "sample3 fused - gelu": sampling("fused - gelu", 3),

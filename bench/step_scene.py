@@ -90,6 +90,7 @@ class Scene:
             "compiled": plain,
             "compiled + attention": replace(plain, **attention),
             "fused": replace(plain, kernels="triton", gelu_in_product=True, **attention),
+            "fused, launched": replace(plain, kernels="triton", gelu_in_product=True, recorded=False, **attention),
             "fused, not compiled": Paths(kernels="triton", gelu_in_product=True, **attention),
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),

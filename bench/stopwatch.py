@@ -139,6 +139,8 @@ class Stopwatch:
             "ms": statistics.median(between), "low": min(between), "high": max(between), "runs": len(between), "times": between,
             "first_s": first, "loop_s": whole, "steps": len(times), "peak_gib": self.peak(),
         }  # fmt: skip
+        if self.device.type == "cuda":  # a recorded step's activations count as reserved, not as allocated
+            row["reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
         return row, result
 
     def graphs(self, before: Row | None = None) -> Row:

@@ -17,7 +17,7 @@ from ..models.stdit3 import STDiT3
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
-from .recorded_loss import RecordedLoss
+from .recorded_loss import recorded_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class FullAdapter:
             self.masters,
             self.settings,
             lambda step: task.loss(task.draw(step)),
-            descend=RecordedLoss(self.masters, task.draw, task.loss) if records(self.model) else None,
+            descend=recorded_loss(self.model, self.masters, task.draw, task.loss),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=self.base,

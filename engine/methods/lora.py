@@ -26,7 +26,7 @@ from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
-from .recorded_loss import RecordedLoss
+from .recorded_loss import recorded_loss
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -100,9 +100,9 @@ class LoRAAdapter:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
         self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
-        self.records = records(model) and not settings.cache_prefix
+        self.prefixed = settings.cache_prefix
         self.ways = {
-            "steps": "recorded" if self.records else "launched",
+            "steps": "recorded" if records(model) and not self.prefixed else "launched",
             "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
             "optimizer": describe_steps(self.masters, settings),
         }
@@ -151,7 +151,7 @@ class LoRAAdapter:
         def loss(step: int) -> Tensor:
             draw = task.draw(step)
             text: tuple[TextStates, TextStates] = fixed_text or task.captions()
-            if not self.settings.cache_prefix:
+            if not self.prefixed:
                 return task.loss(draw, text)
             assert task.settings.draws != "fresh"
             k = step % task.settings.draws
@@ -160,7 +160,7 @@ class LoRAAdapter:
                     prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
             return task.loss_from(prefixes[k], draw, self.cut, text)
 
-        def recorded(draw: Draw) -> Tensor:
+        def of_draw(draw: Draw) -> Tensor:
             return task.loss(draw, fixed_text)
 
         self.trace = Trace()
@@ -169,7 +169,7 @@ class LoRAAdapter:
             self.masters,
             self.settings,
             loss,
-            descend=RecordedLoss(self.masters, task.draw, recorded) if self.records else None,
+            descend=None if self.prefixed else recorded_loss(self.model, self.masters, task.draw, of_draw),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],

@@ -6,11 +6,24 @@ it and the rest are replayed. Bits are those of launching each step.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..adaptation import Draw
+from ..models.paths import records
+from ..models.stdit3 import STDiT3
 from ..recorded import Recorded
 from .optimize import Masters
+
+
+def recorded_loss(
+    model: STDiT3, masters: Masters, draw: Callable[[int], Draw], loss: Callable[[Draw], Tensor]
+) -> "RecordedLoss | None":
+    """For `optimize`; None where steps are launched one by one (`paths.records`), which also frees an earlier record."""
+    if records(model):
+        return RecordedLoss(masters, draw, loss)
+    masters.record = None
+    return None
 
 
 class RecordedLoss:
@@ -45,6 +58,8 @@ class RecordedLoss:
         for parameter in self.masters.parameters:
             parameter.grad = None  # made anew inside the record
         pool = None if last is None else last.pool
+        if pool is None and draw.noise.is_cuda:
+            torch.cuda.empty_cache()  # the launched step's activations, which the record's would come on top of
         self.masters.record = Recorded(self._launch, (draw.t, draw.noise), warm_ups=0, pool=pool)
         self.gradients = [parameter.grad for parameter in self.masters.parameters]
         self.ready = True

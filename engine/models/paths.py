@@ -138,9 +138,9 @@ def method_path(model: STDiT3) -> MethodPath:
 
 
 def records(model: STDiT3) -> bool:
-    """Whether a clip's steps are recorded on a network: on a card, where a fast path trains it."""
+    """Whether a clip's steps are recorded on a network: on a card, where a fast path trains it and keeps its activations."""
     paths = model.paths.training if isinstance(model.paths, PathsByWork) else model.paths
-    return paths is not None and paths.recorded and model.device.type == "cuda"
+    return paths is not None and paths.recorded and not model.recompute and model.device.type == "cuda"
 
 
 def raise_if_strict(model: STDiT3, reason: str) -> None:
