@@ -8,7 +8,7 @@ that one's few dozen launches a matrix took 20 ms of a step of 54 ms.
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -29,8 +29,8 @@ def orthogonalised(matrices_Nab: Tensor) -> Tensor:
 class Muon:
     """Steps on matrices, which share momentum buffers by shape. param_groups: one, whose `lr` may be set before a step."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float) -> None:
-        shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+    def __init__(self, matrices: Iterable[Tensor], lr: float) -> None:
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
         for matrix in matrices:
             shapes.setdefault((matrix.shape[0], matrix.shape[1]), []).append(matrix)
         self.shapes = shapes

@@ -78,7 +78,7 @@ class Trainer:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards, matrices: Sequence[nn.Parameter] = ()
+        self, parameters: Iterable[nn.Parameter], plan: Plan, cards: Cards, matrices: Sequence[Tensor] = ()
     ) -> None:
         self.parameters, self.plan, self.cards = list(parameters), plan, cards
         apart = {id(p) for p in matrices}
