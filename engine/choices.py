@@ -11,18 +11,16 @@ must share to be compared or to belong to one run.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..kernels.attention import Choice
 from ..kernels.common import INTERPRETED
 from .errors import UserError
 from .models.paths import MethodPath, Paths, PathsByWork, use_paths
+from .models.settings import ModelSettings
 from .models.stdit3 import STDiT3
 from .models.vae import VAE
 from .models.vae_fast import use_channels_last
-
-if TYPE_CHECKING:
-    from .models.load import ModelSettings
 
 Way = Literal["plain", "compile", "triton", "triton + compile"]
 """plain: PyTorch, an operation at a time; compile: that through torch.compile; triton: the kernels of kernels/, and with compile
@@ -94,7 +92,7 @@ def _unless_plain(choices: Choices, works: tuple[Work, ...], *, training: bool) 
     return {**ways, "attention": backends, "cross": choices.cross}
 
 
-def allowed_ways(settings: "ModelSettings", work: Work, gpu: bool) -> tuple[Way, ...]:
+def allowed_ways(settings: ModelSettings, work: Work, gpu: bool) -> tuple[Way, ...]:
     """The ways that a recipe leaves open for a kind of work on a device; raises UserError where it asks for what cannot be there."""
     if settings.kernels == "triton" and not gpu:
         if not INTERPRETED:
@@ -175,7 +173,7 @@ def use_vae_way(vae: VAE, way: Way | None) -> None:
         use_channels_last(vae, triton=way == "triton", compiled=way == "compile", compiler=COMPILER)
 
 
-def merged(stored: Choices | None, settings: "ModelSettings", gpu: bool) -> Choices:
+def merged(stored: Choices | None, settings: ModelSettings, gpu: bool) -> Choices:
     """Of what a run directory holds, the choices that the recipe leaves open; the others are None."""
     if stored is None:
         return Choices(training=None, features=None, sampling=None, vae=None)

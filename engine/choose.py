@@ -9,7 +9,7 @@ and what a recipe names is refused in one sentence where it cannot run. Attentio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,11 +21,9 @@ from .errors import UserError
 from .files import write_json, write_json_once
 from .measure_paths import RUNS, Row, measure_ways
 from .methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA
+from .models.settings import ModelSettings
 from .path_table import fastest_known
 from .rundir import RunDirectory, read_json
-
-if TYPE_CHECKING:
-    from .models.load import ModelSettings
 
 
 def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...]:
@@ -43,7 +41,7 @@ def works_of(methods: Iterable[AnyMethod], diagnostics: bool) -> tuple[Work, ...
 
 
 def choose_paths(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     root: Path,
     *,
@@ -88,14 +86,16 @@ def _adds_to(held: Choices, chosen: Choices) -> bool:
 
 
 def _stored(root: Path, device: torch.device) -> Choices | None:
-    """The choices that a run directory holds for a device of this kind."""
+    """The choices that a run directory holds for a device of this kind and this determinism (attention was chosen under it)."""
     held = read_json(root / "choices.json")
     if held is None or str(held.get("device", "")).startswith("cpu (") != (device.type == "cpu"):
+        return None
+    if held.get("deterministic") not in (None, torch.are_deterministic_algorithms_enabled()):
         return None
     return Choices.from_json(held)
 
 
-def _fits(settings: "ModelSettings", choices: Choices) -> bool:
+def _fits(settings: ModelSettings, choices: Choices) -> bool:
     """Whether the attention of choices is what a recipe asks for."""
     if settings.attention == "auto":
         return "attention" in choices.why
@@ -104,7 +104,7 @@ def _fits(settings: "ModelSettings", choices: Choices) -> bool:
 
 def _complete(
     found: Choices,
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     works: tuple[Work, ...],
     lora: LoRA,
@@ -146,11 +146,15 @@ def _complete(
             chosen.get("sampling") or found.sampling,
             "as sampling, nothing is fitted there",
         )
+    layers = {chosen.get(work, found.way(work)) for work in WORKS if work != "vae"}
+    if layers <= {"plain", None} and found.attention is not None and found.attention.pinned is None:
+        found = replace(found, attention=None, cross=None)  # the plain path leaves attention to PyTorch
+        why["attention"] = "torch's choice, as all layers are plain"
     return replace(found, **{str(work): way for work, way in chosen.items()}, why=why), rows
 
 
 def _way(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     work: Work,
     ways: tuple[Way, ...],
@@ -174,7 +178,7 @@ def _way(
     return _pick(settings, work, ways, measured), why, rows + measured
 
 
-def _pick(settings: "ModelSettings", work: Work, ways: tuple[Way, ...], rows: list[Row]) -> Way:
+def _pick(settings: ModelSettings, work: Work, ways: tuple[Way, ...], rows: list[Row]) -> Way:
     """The fastest way of those measured; raises UserError where none ran."""
     good = [row for row in rows if row["way"] in ways and "milliseconds" in row]
     if good:
@@ -200,7 +204,7 @@ def shapes_of(experiment: Experiment, works: tuple[Work, ...]) -> list[tuple[Sha
 
 
 def _attention(
-    settings: "ModelSettings",
+    settings: ModelSettings,
     experiment: Experiment,
     works: tuple[Work, ...],
     measured: bool,
@@ -242,7 +246,7 @@ def _attention(
     ]
     if missing:
         return None, None, f"torch's choice, as none of {', '.join(backends)} runs at {missing[0]}", rows
-    return choice, _cross(experiment, None), "measured here, fastest at each shape", rows
+    return choice, _cross(experiment, None), "measured here, fastest at each shape (of work that is not plain)", rows
 
 
 def _cross(experiment: Experiment, pinned: str | None) -> str | None:

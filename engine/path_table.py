@@ -1,6 +1,6 @@
-"""What was measured fastest on cards that the benches ran on: path_table.json, made from `bench/results/steps-*.json`.
+"""What was measured fastest on cards that the benches ran on: path_table.json, made from `bench/results/`.
 
-Make it again: python -m vidtta.engine.path_table bench/results/steps-*.json
+Make it again: python -m vidtta.engine.path_table bench/results/steps-*.json bench/results/recorded-*.json
 
 A row serves a run on the same card, with a network of the same size in the same dtype at the same shapes. The benches time whole
 steps without deterministic algorithms; a recipe's default asks for these, which slows every way. torch.compile of the plain code may be
@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The rows of bench.steps whose milliseconds add up to those of a way."""
+RECORDED = {"fused, not compiled": "triton", "fused": "triton + compile"}
 SHAPES = {"network": [28, 1152, 16], "dtype": "bfloat16", "size": [480, 640], "latents": [7, 15]}
 """What bench.steps runs at: depth, width and heads; height and width; known latent frames and all."""
 
@@ -65,12 +66,14 @@ def fastest_known(experiment: "Experiment", work: "Work", ways: "tuple[Way, ...]
             timed: list[Way] = [way for way in ways if way in times]
             if len(timed) > 1 and all(way in times for way in ways if "triton" in way):
                 fastest: Way = min(timed, key=times.__getitem__)
-                return fastest, f"fastest in {row['from']}"
+                return fastest, f"fastest in {' and '.join(row['from'])}"
     return None
 
 
-def table_row(results: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row of the table from the JSON of bench.steps; what was not measured, or failed its check, is left out."""
+def table_row(files: list[Path]) -> dict[str, Any]:
+    """A row of the table from one card's JSON of bench.steps and, after it, of its recorded steps of training, which is how a run takes
+    them; what was not measured, or failed its check, is left out."""
+    results, *recorded = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     times = {row["row"]: row["ms"] for row in results["rows"] if "ms" in row and "error" not in row}
     found = {
         work: {
@@ -78,15 +81,26 @@ def table_row(results: dict[str, Any], name: str) -> dict[str, Any]:
         }
         for work, ways in ROWS.items()
     }
+    for row in (row for more in recorded for row in more["rows"]):
+        if (row["method"], row["steps"]) == ("lora", "recorded"):
+            found["training"][RECORDED[row["path"]]] = row["median_ms_from_third"]
     environment = results["environment"]
-    source = f"{name} (torch {environment['packages']['torch']})"
-    return {"device": environment["device"], **SHAPES, "from": source, "milliseconds": found}
+    return {
+        "device": environment["device"],
+        **SHAPES,
+        "from": [f"bench/results/{file.name}" for file in files],
+        "torch": environment["packages"]["torch"],
+        "milliseconds": found,
+    }
 
 
-def main(files: list[str]) -> None:
-    rows = [table_row(json.loads(Path(f).read_text(encoding="utf-8")), f"bench/results/{Path(f).name}") for f in files]
-    TABLE.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def make_table(files: list[Path]) -> list[dict[str, Any]]:
+    """A row for each card: files named `steps-CARD.json`, with `recorded-CARD.json` where there is one."""
+    cards: dict[str, list[Path]] = {}
+    for file in sorted(files, reverse=True):  # steps before recorded
+        cards.setdefault(file.stem.partition("-")[2], []).append(file)
+    return [table_row(cards[card]) for card in sorted(cards)]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    TABLE.write_text(json.dumps(make_table([Path(f) for f in sys.argv[1:]]), indent=1) + "\n", encoding="utf-8")

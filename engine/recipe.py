@@ -20,7 +20,7 @@ from .diagnostics import DiagnosticSettings
 from .errors import UserError
 from .gate import GateSettings
 from .methods import METHODS, AnyMethod
-from .models.load import ModelSettings
+from .models.settings import ModelSettings
 from .recipe_checks import BASELINE, contradictions, unread, warnings
 from .recipe_errors import explain
 from .recipe_files import KeyPath, Layers, find_recipe, list_recipes, read_layers

@@ -59,7 +59,7 @@ def test_models_methods_and_benches_import_without_optional_packages():
     names = [
         "vidtta.bench.clip",
         "vidtta.bench.methods",
-        "vidtta.engine.choose",
+        "vidtta.engine.try_paths",
         "vidtta.engine.clip",
         "vidtta.engine.methods",
         "vidtta.engine.metrics",

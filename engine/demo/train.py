@@ -3,7 +3,8 @@
 Run: torchrun --nproc-per-node 2 -m vidtta.engine.demo.train --out DIR      (or python -m vidtta.engine.demo.train on one card)
 
 Writes DIR/vae, DIR/dit and DIR/text in the published layout, with training.json: steps, losses, seconds, card. `--start-from` goes
-on from such a folder with fresh optimizer moments and a schedule of its own; a part with 0 steps is taken over as it is.
+on from such a folder with fresh optimizer moments and a schedule of its own; a part with 0 steps is taken over as it is. Sizes and
+`norm_groups` are those of the shipped configuration; the trainings that led to the shipped weights are in the model card beside them.
 """
 
 import argparse

@@ -166,6 +166,8 @@ def train_dit(
 ) -> None:
     """Train the transformer and the word table [TABLE_ROWS + 1, channels] in place; afterwards they are the running averages.
 
+    The layers' matrices take Muon's steps, all else AdamW's. On a card the layers are compiled and a step of each of SHAPES recorded.
+
     bank: clips that are held encoded, a card. log(step, figures) every 100 steps or so: the mean loss of each shape since the last.
     """
     assert len(table) == TABLE_ROWS + 1, table.shape

@@ -1,6 +1,7 @@
 """What the trainings of the autoencoder and the transformer share: cards, the optimizer's step, and weight files.
 
-float32 weights compute in bfloat16 under autocast, so the optimizer moves float32 masters. With torchrun, one process a card takes
+float32 weights compute in bfloat16 under autocast, so the optimizers (AdamW; Muon for matrices, where asked) move float32 masters.
+On a card the forward and backward pass is recorded once a shape as a CUDA graph and replayed. With torchrun, one process a card takes
 its share of every batch and gradients are averaged; the weights then stay equal on all of them.
 """
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,50 +17,13 @@ from ..determinism import make_deterministic
 from ..errors import UserError
 from ..text.encoder import embedded_table, is_embedded, trained_width
 from .checkpoint import load_strict, open_state, read_config, resolve_source, state_hash
+from .settings import ModelSettings
 from .stdit3 import STDiT3, STDiT3Config
 from .vae import VAE, VAEConfig
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """Weights in the published layout: a directory, a weight file beside its config.json, or a hub id found in the local cache
-    (`vidtta fetch`); or `embedded`."""
-
-    dit: str = "hpcai-tech/OpenSora-STDiT-v4-i2v"
-    """The diffusion transformer, STDiT3 v1.3."""
-    vae: str = "hpcai-tech/OpenSora-VAE-v1.3"
-    """The video autoencoder, v1.3."""
-    text: str = "DeepFloyd/t5-v1_1-xxl"
-    """The text encoder, T5 v1.1."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the transformer and the autoencoder compute in; the text encoder is float32, as in the official inference."""
-    device: str = "auto"
-    """auto (the first GPU, of several tasks on a host each its own; else the CPU), cpu, or cuda:N."""
-    deterministic: bool = True
-    """Use deterministic algorithms alone, so that the same inputs give the same bits on the same card and versions."""
-    allow_untrained: bool = False
-    """Allow weights that were never trained; every output is then marked."""
-    kernels: Literal["auto", "plain", "compile", "triton"] = "auto"
-    """Which code computes the networks: plain (PyTorch, an operation at a time), compile (that through torch.compile), triton (the
-    project's kernels), or auto: the fastest by measurement on a GPU, plain on a CPU."""
-    compile: Literal["auto", "all", "training", "none"] = "auto"
-    """What torch.compile is put around, of the kernels or the plain code: all work, steps with gradients alone, nothing, or what is
-    faster by measurement."""
-    attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "fa2", "fa4", "xformers"] = "auto"
-    """Which attention: one of these at every shape, torch (PyTorch's own choice), or auto: the fastest by measurement on each shape
-    of a GPU, PyTorch's choice on the plain path."""
-
-    def __post_init__(self) -> None:
-        if self.kernels == "plain" and self.compile in ("all", "training"):
-            raise ValueError(
-                f"compile must be auto or none where kernels is plain, was {self.compile}; or set kernels to compile"
-            )
-        if self.kernels == "compile" and self.compile == "none":
-            raise ValueError("compile must not be none where kernels is compile; take kernels: plain for that")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class CausalConv3d(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, as published over 32 groups; its statistics span all frames it is given, so it is not causal in time."""
+    """GroupNorm, as published over 32 groups (others by `VAEConfig.norm_groups`); its statistics span all frames it is given, so it
+    is not causal in time."""
 
     def __init__(self, channels: int, *, eps: float = 1e-6):
         super().__init__(GROUPS, channels, eps)

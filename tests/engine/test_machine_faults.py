@@ -159,6 +159,7 @@ def cut(text):
 
 def one_digit(text):
     first = re.search(r'"mean": \d+\.(\d)', text)
+    assert first
     return text[: first.start(1)] + str((int(first[1]) + 1) % 10) + text[first.end(1) :]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from vidtta.engine.models.rule_weights import fill_by_rule
 from vidtta.engine.models.vae import LATENT_MEAN, LATENT_STD, VAE, VAEConfig, latent_frames, pixel_frames
-from vidtta.engine.models.vae_layers import Attention, ResBlock
+from vidtta.engine.models.vae_layers import Attention, Norm, ResBlock
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 SHARED = Path(__file__).resolve().parents[2] / "../shared"
@@ -288,12 +289,31 @@ def test_flat_configuration():
     assert VAEConfig.from_dict(flat) == VAEConfig(ch=32, ch_mult=(1, 2, 2, 4), num_res_blocks=1)
 
 
+def test_the_groups_of_every_norm_are_the_configured_ones():
+    with torch.device("meta"):
+        published, small = VAE(VAEConfig()), VAE(VAEConfig(ch=32, norm_groups=8))
+    for vae, groups in ((published, 32), (small, 8)):
+        norms = [module for module in vae.modules() if isinstance(module, Norm)]
+        assert norms and {norm.num_groups for norm in norms} == {groups}
+
+
+def test_one_channel_a_group_takes_a_chunks_mean_away():
+    """Why norm_groups exists: as many groups as channels, and a picture's brightness does not reach what follows the norm."""
+    dark, bright = (torch.randn(1, 32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + shift for shift in (0, 1))
+    bright[:, 1::2] -= 1  # the brightness of every second channel
+    gone, kept = (
+        (norm(dark) - norm(bright)).square().mean().item()
+        for norm in (VAE(TINY).decoder.norm_out, VAE(replace(TINY, norm_groups=8)).decoder.norm_out)
+    )
+    assert gone < 1e-6 < 0.05 < kept
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
             {"chh": 32},
-            "unknown key 'chh'; the sizes are ch, ch_mult, in_channels, num_res_blocks, out_ch, z_channels.",
+            "unknown key 'chh'; the sizes are ch, ch_mult, in_channels, norm_groups, num_res_blocks, out_ch, z_channels.",
         ),
         (published_config(encoder={"double_z": False}), "double_z is False; only True is supported."),
         (
@@ -310,6 +330,9 @@ def test_flat_configuration():
         ({"ch_mult": [1, 2]}, "ch_mult is [1, 2]; it must be four positive integers."),
         ({"num_res_blocks": 0}, "num_res_blocks is 0; it must be at least 1."),
         ({"z_channels": 4}, "z_channels is 4; it must be 16."),
+        ({"norm_groups": 0}, "norm_groups is 0; it must divide 32."),
+        ({"norm_groups": 12}, "norm_groups is 12; it must divide 32."),
+        ({"norm_groups": 64}, "norm_groups is 64; it must divide 32."),
     ],
 )
 def test_configurations_that_are_refused(config: dict, message: str):

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,33 @@ def test_the_vae_learns_a_chunk_and_keeps_latents_near_the_normalisation():
         loss.backward()
         trainer.step()
     assert error < 0.3 * before
+
+
+def test_what_recording_adds_to_the_gradients_does_not_count(monkeypatch):
+    """Recording runs the computation several times: afterwards the buffer must hold one batch's gradient."""
+
+    class Runs:
+        def __init__(self, compute, inputs, *, warm_ups):
+            self.compute = compute
+            for _ in range(warm_ups + 1):
+                compute(*inputs)
+
+        def __call__(self, *inputs):
+            self.result = self.compute(*inputs)
+            return self.result
+
+    monkeypatch.setattr("vidtta.engine.demo.training.Recorded", Runs)
+    weight = nn.Parameter(torch.ones(2))
+    trainer = Trainer([weight], Plan(3, 1, 0.1), CPU)
+    card = SimpleNamespace(device=SimpleNamespace(type="cuda"), autocast=CPU.autocast)
+    monkeypatch.setattr(trainer, "cards", card)
+    for kind, factor in (("a", 1.0), ("a", 2.0), ("b", 3.0)):
+        trainer.gradient.zero_()
+        values = trainer.backward(kind, lambda x: ((weight * x).sum(), x.sum()), torch.full((2,), factor))
+        assert values.tolist() == [2 * factor, 2 * factor] and not values.requires_grad
+        assert values.data_ptr() != trainer.records[kind].result.data_ptr()  # the next replay writes there
+        assert weight.grad.tolist() == trainer.gradient.tolist() == [factor, factor]
+    assert set(trainer.records) == {"a", "b"}
 
 
 def test_the_rate_rises_falls_and_ends():
