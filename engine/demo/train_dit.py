@@ -176,7 +176,8 @@ def train_dit(
     if cards.device.type == "cuda":
         for layer in dit.layers:
             layer.compile(dynamic=False)  # spatial and temporal layers share one graph each, a shape
-    matrices = [m.weight for layer in dit.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    linears = [m for layer in dit.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    matrices = [p for m in linears for p in m.parameters() if p.ndim == 2]
     trainer = Trainer([table, *(p for p in dit.parameters() if p.requires_grad)], plan, cards, matrices)
     batches = Batches(vae, plan, cards, bank)
     latent_size = (HEIGHT // 8, WIDTH // 8)
