@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from vidtta.engine import clip as clip_module
+from vidtta.engine import records
 from vidtta.engine import run as run_module
 from vidtta.engine.cluster import attempts, machine
 from vidtta.engine.models.stdit3 import Layer
@@ -121,7 +122,7 @@ def test_a_file_system_that_is_gone_for_a_while_costs_the_clip_in_hand(lab, undi
             away.rename(root)
         sleep(seconds)
 
-    write = run_module.write_video
+    write = records.write_video
 
     def disappears(path, *inputs):
         if not waits and "full" in path.parts:
@@ -129,7 +130,7 @@ def test_a_file_system_that_is_gone_for_a_while_costs_the_clip_in_hand(lab, undi
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
         write(path, *inputs)
 
-    monkeypatch.setattr(run_module, "write_video", disappears)
+    monkeypatch.setattr(records, "write_video", disappears)
     monkeypatch.setattr(machine.time, "sleep", comes_back)
     assert lab.run("gone") == 0
     assert len(waits) >= 3
@@ -148,7 +149,7 @@ def test_a_file_system_that_stays_away_ends_the_process(lab, monkeypatch, capsys
             root.rename(lab.root / "elsewhere")
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(run_module, "write_video", disappears)
+    monkeypatch.setattr(records, "write_video", disappears)
     assert lab.run("away for good") == 76
     assert "the file system has been gone" in one_sentence(capsys)
 

@@ -8,9 +8,8 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
-from vidtta.engine import cli
+from vidtta.engine import cli, records
 from vidtta.engine import clip as clip_module
-from vidtta.engine import run as run_module
 from vidtta.engine.files import write_tensors
 from vidtta.engine.methods.full import FullAdapter
 
@@ -195,14 +194,14 @@ def test_an_exception_costs_one_clip_and_the_weights_come_back(lab, undisturbed,
 @pytest.mark.parametrize("writer", ["write_video", "write_tensors"])
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(lab, undisturbed, monkeypatch, capsys, writer, number):
     output = f"full disk {writer} {number}"
-    write = getattr(run_module, writer)
+    write = getattr(records, writer)
 
     def full(path, *args):
         if "wave" in path.parts:
             raise OSError(number, os.strerror(number), str(path))
         write(path, *args)
 
-    monkeypatch.setattr(run_module, writer, full)
+    monkeypatch.setattr(records, writer, full)
     assert lab.run(output, arms={"full": FULL}) == 2
     assert one_sentence(capsys) == (
         f"error: {lab.root / output}: {os.strerror(number)}; free some space and give the same command again"
