@@ -14,7 +14,7 @@ class Recorded:
 
     warm_ups: runs before recording, in which code compiles and libraries choose algorithms; they have the computation's effects.
     pool: memory of an earlier record that no one calls any more, to be used again (`pool` of that record).
-    Bits are those of `compute`: the same kernels run on the same numbers.
+    The same kernels run on the same numbers as in `compute`, so equal bits are expected; README.md says what was seen of it on a card.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The loss and its gradients of a clip's steps, recorded on a card: a step of thousands of small launches is replayed as one.
 
 The first step of a clip runs as it is, and so compiles and chooses algorithms where these are new; the second is recorded, and
-it and the rest are replayed. Bits are those of launching each step.
+it and the rest are replayed. The same kernels run as when each step is launched (see recorded.py).
 """
 
 from collections.abc import Callable

@@ -42,7 +42,7 @@ class Paths:
     compiler: str | Callable[..., Any] = "inductor"
     methods: MethodPath = "triton"
     recorded: bool = True
-    """On a card: record a clip's steps as a CUDA graph (methods/recorded_loss.py); changes no bit."""
+    """On a card: record a clip's steps as a CUDA graph (methods/recorded_loss.py), of the same kernels."""
     strict: bool = False
     """Whether a method that cannot take its `methods` path raises ValueError when it is attached; else it takes the next slower
     one and says so."""

@@ -21,46 +21,34 @@ DEVICES = [
 
 
 class StandIn:
-    """What `Recorded` promises, without a card: one computation on storage of its own, whose gradients are overwritten."""
+    """What `Recorded` promises, without a card: one computation on storage of its own, in which its gradients lie too. Recording runs
+    the computation here, for the gradients to exist; on a card it runs nothing."""
 
-    made = 0
+    parameters = ()
 
     def __init__(self, compute, inputs, *, warm_ups, pool=None):
-        assert warm_ups == 0
-        StandIn.made += 1
+        assert warm_ups == 0 and all(parameter.grad is None for parameter in self.parameters)
         self.compute, self.inputs, self.pool = compute, [tensor.clone() for tensor in inputs], object()
+        compute(*self.inputs)
+        self.gradients = [parameter.grad for parameter in self.parameters]
 
     def __call__(self, *inputs):
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
-        return self.compute(*self.inputs)
+        for parameter in self.parameters:
+            parameter.grad = None
+        value = self.compute(*self.inputs)
+        for mine, parameter in zip(self.gradients, self.parameters, strict=True):
+            mine.copy_(parameter.grad)
+            parameter.grad = None
+        return value
 
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
-        StandIn.made = 0
-        # A stand-in's computation runs when it is called; a record's gradients exist from recording on.
         monkeypatch.setattr(module, "Recorded", StandIn)
-        monkeypatch.setattr(RecordedLoss, "_record", record_by_running)
     return torch.device(request.param)
-
-
-def record_by_running(self, draw):
-    self.masters.record = module.Recorded(self._launch, (draw.t, draw.noise), warm_ups=0)
-    self.gradients = [torch.empty_like(parameter) for parameter in self.masters.parameters]
-    launch = self.masters.record.compute
-
-    def compute(*inputs):
-        for parameter in self.masters.parameters:
-            parameter.grad = None
-        value = launch(*inputs)
-        for mine, parameter in zip(self.gradients, self.masters.parameters, strict=True):
-            mine.copy_(parameter.grad)
-        return value
-
-    self.masters.record.compute = compute
-    self.ready = True
 
 
 def draws(device):
@@ -68,7 +56,8 @@ def draws(device):
 
 
 def weights(device, dtype=torch.float32):
-    return [nn.Parameter(tiny.noise(50 + k, 3, 3).to(device, dtype)) for k in range(2)]
+    StandIn.parameters = [nn.Parameter(tiny.noise(50 + k, 3, 3).to(device, dtype)) for k in range(2)]
+    return StandIn.parameters
 
 
 def loss_of(parameters):
