@@ -24,7 +24,7 @@ class StandIn:
     """What `Recorded` promises, without a card: one computation on storage of its own, in which its gradients lie too. Recording runs
     the computation here, for the gradients to exist; on a card it runs nothing."""
 
-    parameters = ()
+    parameters: list[nn.Parameter] = []
 
     def __init__(self, compute, inputs, *, warm_ups, pool=None):
         assert warm_ups == 0 and all(parameter.grad is None for parameter in self.parameters)
