@@ -1,5 +1,7 @@
 """A clip's recorded steps: the same bits as launched ones, the first launched, gradients in the record's storage."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ class StandIn:
     """What `Recorded` promises, without a card: one computation on storage of its own, in which its gradients lie too. Recording runs
     the computation here, for the gradients to exist; on a card it runs nothing."""
 
-    parameters: list[nn.Parameter] = []
+    parameters: ClassVar[list[nn.Parameter]] = []
 
     def __init__(self, compute, inputs, *, warm_ups, pool=None):
         assert warm_ups == 0 and all(parameter.grad is None for parameter in self.parameters)
