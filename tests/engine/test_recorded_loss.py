@@ -41,6 +41,7 @@ class StandIn:
             parameter.grad = None
         value = self.compute(*self.inputs)
         for mine, parameter in zip(self.gradients, self.parameters, strict=True):
+            assert mine is not None and parameter.grad is not None
             mine.copy_(parameter.grad)
             parameter.grad = None
         return value
