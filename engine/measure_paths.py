@@ -17,10 +17,11 @@ from .choices import Way, Work, paths_of, use_vae_way
 from .clip import Experiment, Known, task_of
 from .denoiser import Denoiser
 from .methods import LoRA
-from .models.paths import use_paths
+from .models.paths import records, use_paths
 from .models.stdit3 import Caption, Condition
 from .models.vae import CHUNK_FRAMES, CHUNK_LATENTS
 from .models.vae_fast import use_plain
+from .recorded import Recorded
 from .seeds import normal
 
 LAYERS = 8  # of the network, spatial and temporal in turn
@@ -50,6 +51,8 @@ def measure_ways(
                 start = _now(experiment)
                 result = call().detach().float()
                 row["first_s"] = _now(experiment) - start
+                if (work == "training" or work == "features") and records(experiment.dit, work) and len(ways) > 1:
+                    call = Recorded(call, (), warm_ups=1)  # as a run does them
                 if truth is None:
                     truth = result
                 row["distance"] = ((result - truth).norm() / truth.norm()).item()
