@@ -131,7 +131,8 @@ def _example(experiment: Experiment, work: Work, lora: LoRA) -> Iterator[Callabl
             geometry = dit.geometry(frames, (height // 8, width // 8), experiment.pixel_size, known)
             denoiser = Denoiser(dit, geometry, window.fps, caption, Condition(latents * mask, mask))
             x, t = latents.float().expand(3, -1, -1, -1, -1), torch.full((3,), 600.0, device=dit.device)
-            state = dit.embed(x, t, denoiser.fps, geometry, denoiser.all_conditions)
+            fps = torch.full((3,), window.fps, device=dit.device)
+            state = dit.embed(x, t, fps, geometry, denoiser.all_conditions)
             text = denoiser.all_text, denoiser.null_text
         else:
             task = task_of(experiment, Known("paths", latents, caption))

@@ -1,10 +1,16 @@
 """A computation recorded once as a CUDA graph and replayed: what was thousands of launches becomes one."""
 
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor operations under private names alone)
+
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CAPTION_LENGTHS = 8
+"""Records of a computation that are held at once: captions of another length have another."""
 
 
 class Recorded:
@@ -71,10 +77,12 @@ class Records:
         return record(*inputs)
 
     def _record(self, inputs: tuple[Tensor, ...]) -> Recorded:
-        if len(self.held) == self.limit:
-            del self.held[next(iter(self.held))]
+        gone = self.held.pop(next(iter(self.held))) if len(self.held) == self.limit else None
+        if gone:
+            gone.result = None  # its memory is free then; the record itself keeps the pool alive until another does
         if self.pool is None and inputs[0].is_cuda:
             torch.cuda.empty_cache()  # what the launched call used, which the record's memory would come on top of
         record = Recorded(self.compute, inputs, warm_ups=0, pool=self.pool)
         self.pool = record.pool
+        del gone
         return record

@@ -26,11 +26,10 @@ from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
-from ..recorded import Records
+from ..recorded import CAPTION_LENGTHS, Records
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep
-from .recorded_loss import CAPTION_LENGTHS
 
 Site = Literal["post", "mid", "pre"]
 
@@ -181,6 +180,7 @@ class DeltaAdapter:
         self.layer = DeltaFinalLayer(self.base, settings.site, settings.ranges)
         model.final_layer = self.layer  # type: ignore[assignment]
         self.masters = Masters([self.layer.d])
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.on_kernels, way = self._choose_fit()
@@ -357,4 +357,4 @@ class DeltaAdapter:
 
     def detach(self) -> None:
         self.model.final_layer = self.base
-        self.masters, self.recorded = Masters([]), None
+        self.masters, self.recorded, self.sampling = Masters([]), None, None

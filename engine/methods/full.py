@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.paths import method_path, records
 from ..models.stdit3 import Caption, STDiT3
+from ..recorded import Records
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
@@ -50,6 +51,7 @@ class FullAdapter:
             "steps": "recorded" if records(model, "training") else "launched",
         }
         self.recorded: RecordedLoss | None = None
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
 
@@ -130,6 +132,7 @@ class FullAdapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         self.trained, self.base, self.masters, self.recorded = {}, [], Masters([]), None
+        self.sampling = None
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:

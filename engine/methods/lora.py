@@ -22,12 +22,12 @@ from ..models.attention import TextStates, apart, joined
 from ..models.lora_linear import LoRALinear
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
-from ..recorded import Records
+from ..recorded import CAPTION_LENGTHS, Records
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
-from .recorded_loss import CAPTION_LENGTHS, RecordedLoss
+from .recorded_loss import RecordedLoss
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -111,6 +111,7 @@ class LoRAAdapter:
         self.trains_text = "cross_attn.kv_linear" in settings.targets
         self.recorded_prefix: Records | None = None
         self.recorded: RecordedLoss | None = None
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.restore()
@@ -270,4 +271,4 @@ class LoRAAdapter:
         for parent, name, base in self._slots:
             setattr(parent, name, base)
         self._slots, self.adapters, self.start_A, self.masters = [], {}, [], Masters([])
-        self.recorded_prefix = self.recorded = None
+        self.recorded_prefix = self.recorded = self.sampling = None

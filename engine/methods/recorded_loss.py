@@ -11,9 +11,6 @@ from torch import Tensor
 
 from ..recorded import Records
 
-CAPTION_LENGTHS = 8
-"""Records held at once by methods of few parameters. Full fine-tuning holds one: each keeps gradients of all parameters."""
-
 
 class RecordedLoss:
     """loss(*inputs) and its gradients in the parameters' `.grad`; lives as long as its method is attached.

@@ -1,16 +1,19 @@
 """Recorded steps and features: the bits of launched ones, for every clip that a record serves."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from vidtta.engine import recorded
 from vidtta.engine.adaptation import AdaptationSettings
-from vidtta.engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA
+from vidtta.engine.clip import Known, continue_clip, encode_known
+from vidtta.engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from vidtta.engine.models import paths
 from vidtta.engine.models.paths import Paths, PathsByWork, use_paths
 from vidtta.engine.models.stdit3 import Caption
 from vidtta.engine.recorded import Records
+from vidtta.engine.sampler import SamplerSettings
 
 from . import tiny
 
@@ -25,7 +28,9 @@ class StandIn:
         assert warm_ups == 0
         self.compute, self.inputs, self.pool = compute, [tensor.detach().clone() for tensor in inputs], object()
         self.given_pool = pool
-        self.result = [None if found is None else found.detach().clone() for found in compute(*self.inputs)]
+        found = compute(*self.inputs)
+        self.single = isinstance(found, torch.Tensor)
+        self.result = [None if one is None else one.detach().clone() for one in ([found] if self.single else found)]
         self.made.append(self)
 
     def __call__(self, *inputs):
@@ -33,11 +38,20 @@ class StandIn:
             mine.copy_(given)
         for parameter in getattr(getattr(self.compute, "__self__", None), "parameters", ()):
             parameter.grad = None  # a graph writes gradients anew
-        with torch.enable_grad():
-            for mine, found in zip(self.result, self.compute(*self.inputs), strict=True):
-                if mine is not None:
-                    mine.copy_(found)
-        return self.result
+        found = self.compute(*self.inputs)
+        for mine, one in zip(self.result, [found] if self.single else found, strict=True):
+            if mine is not None:
+                mine.copy_(one.detach())
+        return self.result[0] if self.single else self.result
+
+
+RECORDING = ("clip", "methods.full", "methods.lora", "methods.delta")
+"""Modules that ask whether to record."""
+
+
+def launch(monkeypatch):
+    for module in RECORDING:
+        monkeypatch.setattr(f"vidtta.engine.{module}.records", lambda model, work: False)
 
 
 @pytest.fixture(
@@ -54,8 +68,8 @@ def device(request, monkeypatch):
     if request.param == "cpu":
         StandIn.made = []
         monkeypatch.setattr(recorded, "Recorded", StandIn)
-        for module in ("full", "lora", "delta"):
-            monkeypatch.setattr(f"vidtta.engine.methods.{module}.records", lambda model, work: True)
+        for module in RECORDING:
+            monkeypatch.setattr(f"vidtta.engine.{module}.records", lambda model, work: True)
     return torch.device(request.param)
 
 
@@ -107,10 +121,7 @@ def test_a_record_serves_every_clip_with_the_bits_of_launched_steps(device, kind
     held = adapter.recorded.records if kind.startswith(("full", "lora")) else adapter.recorded
     assert len(held.held) == (1 if kind == "full" else 2)  # two lengths of captions
     adapter.detach()
-    use_paths(model, None)
-    if device.type == "cpu":
-        for module in ("full", "lora", "delta"):
-            monkeypatch.setattr(f"vidtta.engine.methods.{module}.records", lambda model, work: False)
+    launch(monkeypatch)
     for name, (losses, norms, state) in zip(ORDER, found, strict=True):
         adapter = method.attach(model, 0)
         launched = adapt(model, adapter, name, settings, masked)
@@ -118,6 +129,40 @@ def test_a_record_serves_every_clip_with_the_bits_of_launched_steps(device, kind
         assert (losses, norms) == launched[:2]
         assert all(torch.equal(value, launched[2][key]) for key, value in state.items())
     assert len({tuple(losses) for losses, _, _ in found}) == len(CLIPS)
+
+
+@pytest.mark.parametrize("branches", ["all", "conditional"])
+@pytest.mark.parametrize("kind", ["none", "lora", "delta"])
+def test_a_record_samples_every_clip_with_the_bits_of_launched_steps(device, kind, branches, monkeypatch):
+    """Under the weights adapted to each clip, with guidance of three branches (of which two may run on the base weights) and of one."""
+    method, settings = METHODS[kind] if kind in METHODS else (NoAdaptation(), FIXED)
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+        torch.use_deterministic_algorithms(True)
+    experiment = tiny.tiny_experiment(adaptation=replace(settings, adapted_branches=branches))
+    model = experiment.dit.to(device)
+    vae = deepcopy(experiment.vae).to(device)
+    experiment = replace(experiment, vae=vae, sampler=SamplerSettings(steps=6, force_steps=1))
+    use_paths(model, Paths(methods="plain") if device.type == "cuda" else None)
+
+    def continue_(adapter, name):
+        seed, length = sorted(CLIPS).index(name), CLIPS[name]
+        latents = encode_known(vae, tiny.tiny_pixels(3 * seed).to(device), experiment.window)
+        known = Known(name, latents, Caption(tiny.noise(seed, 1, length, 16).to(device)))
+        return continue_clip(experiment, known, adapter).latents
+
+    adapter = method.attach(model, 0)
+    found = [continue_(adapter, name) for name in ORDER]
+    # Two lengths of captions, batches of one and of three branches, or of one and of two; the last clips replay all of them.
+    assert len(adapter.sampling.held) == 4
+    adapter.detach()
+    assert adapter.sampling is None
+    launch(monkeypatch)
+    for name, latents in zip(ORDER, found, strict=True):
+        adapter = method.attach(model, 0)
+        assert torch.equal(latents, continue_(adapter, name)), name
+        adapter.detach()
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
 def test_the_first_call_at_a_shape_runs_the_second_is_recorded_the_rest_replayed(device):
