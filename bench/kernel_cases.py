@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, norm_silu_pad, qk_norm_rope
 from ..kernels.windows import Grid
+from .caption_cases import caption_cases
 
 Inputs = list[Tensor]
 SCALE = 1.0  # alpha / rank, as in the recipes
@@ -346,7 +347,7 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases]
+    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases, vae_cases]
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]
     names = [name for name, _, _ in sizes.batches]

@@ -30,7 +30,8 @@ and the delta's steps on the kernels of delta_features.py."""
 class Paths:
     """kernels: torch, the plain code; triton, the kernels of `fused.py`. compiled: through torch.compile.
 
-    attention: back ends by shape, and `cross` for captions; None leaves both to PyTorch. gelu_in_product: without gradients the
+    attention: back ends by shape, and `cross` for captions, which the kernels have their own for unless a back end is pinned
+    (caption_attention.py); None leaves both to PyTorch. gelu_in_product: without gradients the
     MLP's activation joins its first product. compiler: torch.compile's back end.
     """
 
@@ -61,13 +62,15 @@ class Paths:
 
     def backends(self, samples: int, geometry: Geometry, heads: int, dim: int, training: bool) -> Backends:
         """The attention of a batch of latents; raises KeyError for a shape that was not measured."""
+        pinned = self.attention is not None and self.attention.pinned
+        cross = "triton" if self.kernels == "triton" and not pinned else self.cross
         if self.attention is None:
-            return DEFAULT._replace(cross=self.cross)
+            return DEFAULT._replace(cross=cross)
         grid = Grid(geometry.frames, geometry.rows, geometry.cols)
         frames, *windows = (
             self.attention.backend(shape, training) for shape in self_attention_shapes(samples, grid, heads, dim)
         )
-        return Backends(frames, tuple(windows), self.cross)
+        return Backends(frames, tuple(windows), cross)
 
     def prepare(
         self, model: STDiT3, tokens: Tensor, texts: tuple[TextStates | None, ...], geometry: Geometry

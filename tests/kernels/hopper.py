@@ -36,6 +36,12 @@ SIZES = Sizes(
 )
 
 
+LIBRARY = ("compiled", "two of flash")
+"""Implementations beside the kernels."""
+OPERATIONS = ("triton_kernel", "autograd_function", "vidtta.")
+"""What the compiler calls a kernel, one with gradients of its own, and one behind an operator of our own."""
+
+
 class Hopper:
     """What Triton asks a driver before it compiles."""
 
@@ -96,7 +102,7 @@ def compile_all(only: list[str]) -> list[dict[str, Any]]:
             continue
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         for name, function in case.impls.items():
-            if name == "compiled":
+            if name in LIBRARY:
                 continue
             try:
                 with_gradients(function, inputs, case.trained, 1)
@@ -119,7 +125,7 @@ def trace_all(only: list[str]) -> list[dict[str, Any]]:
         names = [str(node.target) for node in graph.graph.nodes]
 
         def stop(*_: Any) -> Any:
-            raise Captured(sum("triton_kernel" in name or "autograd_function" in name for name in names))
+            raise Captured(sum(any(kind in name for kind in OPERATIONS) for name in names))
 
         return stop
 
@@ -130,7 +136,7 @@ def trace_all(only: list[str]) -> list[dict[str, Any]]:
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         leaves = [t.detach().requires_grad_(i in case.trained) for i, t in enumerate(inputs)]
         for name, function in case.impls.items():
-            if name == "compiled":
+            if name in LIBRARY:
                 continue
             torch._dynamo.reset()
             row: dict[str, Any] = {"traced": name, "for": case.key}
