@@ -26,7 +26,8 @@ from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
 from ..models.paths import method_path, raise_if_strict
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
-from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
+from .adamw import describe_steps
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep
 

@@ -71,13 +71,13 @@ def loss_of(parameters):
     return loss
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("path", ["plain", "fused", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_steps_have_the_bits_of_launched_ones(device, dtype, fused):
+def test_recorded_steps_have_the_bits_of_launched_ones(device, dtype, path):
     settings, found = AdamW(steps=5, lr=1e-2), []
     for recorded in (False, True):
         parameters = weights(device, dtype)
-        masters, loss, draw = Masters(parameters, fused=fused), loss_of(parameters), draws(device)
+        masters, loss, draw = Masters(parameters, path=path), loss_of(parameters), draws(device)
         descend = RecordedLoss(masters, draw, loss) if recorded else None
         trace = optimize(masters, settings, lambda step, loss=loss, draw=draw: loss(draw(step)), descend=descend)
         found.append((trace.losses, trace.gradient_norms, [m.detach().clone() for m in masters.tensors]))
