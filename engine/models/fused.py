@@ -19,9 +19,10 @@ from ...kernels.norm_modulate import norm_modulate
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
+from .gelu_linear import gelu_linear
 from .geometry import Geometry
 from .lora_linear import LoRALinear
-from .stdit3 import Layer
+from .stdit3 import Layer, Mlp
 
 
 def fused_layer(
@@ -42,7 +43,14 @@ def fused_layer(
     a = _self_attention(attn, _projected(attn.qkv, x, shift_a, scale_a), geometry, grid, backends)
     x = _added(x, a, attn.proj, gate_a, grid)
     x = x + layer.cross_attn(x, text, known_text, geometry, backends)
-    return gate_residual(x, layer.mlp(norm_modulate(x, shift_m, scale_m)), gate_m)
+    return gate_residual(x, _mlp(layer.mlp, norm_modulate(x, shift_m, scale_m)), gate_m)
+
+
+def _mlp(mlp: Mlp, x: Tensor) -> Tensor:
+    """As `Mlp.forward`; where its second product is trained, GELU's result is not kept."""
+    if torch.is_grad_enabled() and isinstance(mlp.fc2, nn.Linear) and mlp.fc2.weight.requires_grad:
+        return gelu_linear(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias)
+    return mlp(x)
 
 
 def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
