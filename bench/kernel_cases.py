@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.models.stdit3 import STDiT3Config
 from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, norm_silu_pad, qk_norm_rope
 from ..kernels.windows import Grid
 
@@ -39,6 +40,8 @@ class Sizes:
     chunk: tuple[tuple[int, int, int, int], ...] = (
         (128, 20, 480, 640), (256, 20, 240, 320), (512, 20, 240, 320), (512, 10, 120, 160)
     )  # fmt: skip
+    network: STDiT3Config = STDiT3Config()  # noqa: RUF009 (frozen)
+    """Whose parameters the optimizer steps on."""
 
 
 REAL = Sizes()
@@ -51,6 +54,7 @@ SMALL = Sizes(
     counted=(33,),
     outputs=6,
     chunk=((64, 2, 4, 6),),
+    network=STDiT3Config(hidden_size=24, depth=1, num_heads=2, caption_channels=16, model_max_length=8),
 )
 
 
@@ -61,7 +65,7 @@ class Case:
     make: fresh inputs. reference: the plain version, which eager and compiled run and float64 makes the truth.
     impls: ours, by name. trained: which inputs get gradients; empty: there is no backward to time.
     forward, backward: (bytes, flops). floors: calls that compute less, as a yardstick (not checked).
-    variants: module attributes that steer a kernel, to try.
+    variants: module attributes that steer a kernel, to try. traced: whether torch.compile may meet the calls.
     """
 
     op: str
@@ -76,6 +80,7 @@ class Case:
     floors: dict[str, Callable[..., Any]] = field(default_factory=dict)
     variants: tuple[tuple[ModuleType, dict[str, Any]], ...] = ()
     compile: bool = True
+    traced: bool = True
 
     @property
     def key(self) -> str:
@@ -346,7 +351,11 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases]
+    from .optimizer_cases import optimizer_cases
+
+    groups = [
+        norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases, optimizer_cases
+    ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]
     names = [name for name, _, _ in sizes.batches]

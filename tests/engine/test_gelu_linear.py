@@ -47,7 +47,7 @@ def test_it_has_the_bits_of_gelu_and_a_linear_layer(shape, dtype, compiled):
 
 def test_its_gradient_is_the_numerical_one():
     assert torch.autograd.gradcheck(gelu_linear, inputs(torch.float64, 2, 3, 5, out=4))
-    torch.library.opcheck(gelu_linear, inputs(torch.float32, 2, 3, 5, out=4))
+    torch.library.opcheck(gelu_linear, tuple(inputs(torch.float32, 2, 3, 5, out=4)))
 
 
 def test_a_compiler_keeps_what_enters_gelu_alone():
