@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.models.stdit3 import STDiT3Config
-from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, norm_silu_pad, qk_norm_rope
+from ..kernels import (
+    delta_features,
+    gate_residual,
+    lora_linear,
+    norm_linear,
+    norm_modulate,
+    norm_silu_pad,
+    qk_norm_rope,
+)  # fmt: skip
 from ..kernels.windows import Grid
 
 Inputs = list[Tensor]
@@ -146,6 +154,29 @@ def qkv_cases(s: Sizes) -> Iterator[Case]:
             (0, 5, 6), (2 * (2 * rows * D + E * D + rows * E), 2 * rows * D * E + 2 * low),
             floors={"frozen eager": frozen},
             variants=tuple((norm_modulate, {"BLOCK_N": n}) for n in (32, 64)),
+        )  # fmt: skip
+
+
+def trained_cases(s: Sizes) -> Iterator[Case]:
+    """The same chain in full fine-tuning: norm, modulation and the trained projection of queries, keys and values."""
+    for name, B, grid in s.batches[:1]:
+        N, D = grid.tokens, s.dim
+        rows, E = B * N, 3 * D
+
+        def make(device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D) -> Inputs:
+            vectors = (randn(device, dtype, B, 1, D, scale=0.3) for _ in range(2))
+            weight, bias = randn(device, dtype, 3 * D, D, scale=D**-0.5), randn(device, dtype, 3 * D)
+            return [randn(device, dtype, B, N, D), *vectors, weight, bias]
+
+        def apart(x, shift, scale, weight, bias):
+            return F.linear(norm_modulate.norm_modulate(x, shift, scale), weight, bias)
+
+        yield Case(
+            "norm_linear", name, make, norm_linear.norm_linear_reference,
+            {"triton": norm_linear.norm_linear, "norm_modulate, then linear": apart},
+            (2 * (rows * D + E * D + rows * E), 2 * rows * D * E),
+            (0, 1, 2, 3, 4), (2 * (2 * rows * D + 2 * E * D + rows * E), 4 * rows * D * E),
+            variants=tuple((norm_linear, {"ROWS": n}) for n in (32, 128)),
         )  # fmt: skip
 
 
@@ -354,7 +385,7 @@ def all_cases(sizes: Sizes) -> list[Case]:
     from .optimizer_cases import optimizer_cases
 
     groups = [
-        norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases, optimizer_cases
+        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases, optimizer_cases
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]

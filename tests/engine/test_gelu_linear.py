@@ -12,8 +12,9 @@ from vidtta.engine.methods.lora import LoRA
 from vidtta.engine.models import fused
 from vidtta.engine.models.gelu_linear import gelu_linear
 from vidtta.engine.models.paths import Paths, use_paths
-from vidtta.engine.models.stdit3 import Mlp, STDiT3
+from vidtta.engine.models.stdit3 import STDiT3
 from vidtta.kernels.common import INTERPRETED
+from vidtta.kernels.norm_modulate import norm_modulate
 
 from .tiny import noise, tiny_dit, tiny_task
 
@@ -91,13 +92,33 @@ def kept_bytes(model: STDiT3, parameters: list[nn.Parameter]) -> tuple[int, list
 def test_a_layer_on_the_kernels_keeps_no_result_of_gelu(method, monkeypatch):
     """A hidden layer of N x 4D a layer less in full fine-tuning, for the same bits. With a frozen MLP none was kept before."""
     found = []
-    for way in (Mlp.forward, fused._mlp):
+    for way in (plain, gelu_linear):
         model = tiny_dit(depth=1).to(DEVICE)
         use_paths(model, Paths(kernels="triton"))
-        monkeypatch.setattr(fused, "_mlp", way)
+        monkeypatch.setattr(fused, "gelu_linear", way)
         adapter = method.attach(model, 0)
         found.append(kept_bytes(model, adapter.masters.parameters))
     (before, expected), (now, actual) = found
     tokens, hidden = 7 * 2 * 3, 4 * 48
     assert before - now == (len(model.layers) * tokens * hidden * 4 if method.kind == "full" else 0)
     assert len(actual) == len(expected) and all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@needs_triton
+def test_full_fine_tuning_on_the_kernels_keeps_no_result_of_a_norm(monkeypatch):
+    """Two of N x D a layer less; gradients as near to those of the layers apart as two orders of rounding are."""
+
+    def apart(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(norm_modulate(x, shift, scale), weight, bias)
+
+    found = []
+    for way in (apart, fused.norm_linear):
+        model = tiny_dit(depth=1).to(DEVICE)
+        use_paths(model, Paths(kernels="triton"))
+        monkeypatch.setattr(fused, "norm_linear", way)
+        found.append(kept_bytes(model, FullFineTuning().attach(model, 0).masters.parameters))
+    (before, expected), (now, actual) = found
+    tokens, width = 7 * 2 * 3, 48
+    assert before - now == 2 * len(model.layers) * tokens * width * 4
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
