@@ -160,6 +160,7 @@ class _Group:
         self.counts = torch.zeros(len(sizes), dtype=torch.float64, device=device)
         self.pointed: list[int] = []
         self.grads = self.given = torch.empty(0)
+        self.options: dict[str, object] = {}
 
     def point(self, addresses: list[int]) -> None:
         """Take the gradients' addresses, 0 where there is none."""
@@ -167,14 +168,9 @@ class _Group:
             self.pointed, device = addresses, self.counts.device
             self.grads = torch.tensor(addresses).to(device, non_blocking=True)
             self.given = (self.grads != 0).double()
-
-    @property
-    def options(self) -> dict[str, object]:
-        wide = self.wide and all(address % ALIGNED == 0 for address in self.pointed)
-        return {
-            "DTYPE": DTYPES[self.dtype], "ALIGNED": ALIGNED if wide else 1,
-            "CHUNK": CHUNK, "num_warps": WARPS,
-        }  # fmt: skip
+            wide = self.wide and all(address % ALIGNED == 0 for address in addresses)
+            aligned = ALIGNED if wide else 1
+            self.options = {"DTYPE": DTYPES[self.dtype], "ALIGNED": aligned, "CHUNK": CHUNK, "num_warps": WARPS}
 
 
 class AdamWState:
@@ -213,11 +209,11 @@ class AdamWState:
             for i in group.which:
                 grad = grads[i]
                 if grad is not None:
-                    check(
-                        grad.dtype == group.dtype and grad.shape == self.weights[i].shape,
-                        f"adamw_step: gradient {i} is {grad.dtype} {list(grad.shape)}, "
-                        f"its weight {group.dtype} {list(self.weights[i].shape)}",
-                    )
+                    if grad.dtype != group.dtype or grad.shape != self.weights[i].shape:
+                        raise ValueError(
+                            f"adamw_step: gradient {i} is {grad.dtype} {list(grad.shape)}, "
+                            f"its weight {group.dtype} {list(self.weights[i].shape)}"
+                        )
                     grad = grad.contiguous()
                     self.held.append(grad)
                 addresses.append(0 if grad is None else grad.data_ptr())
