@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from vidtta.bench.kernel_cases import Sizes, all_cases
+from vidtta.bench.kernel_cases import SMALL, Sizes, all_cases
 from vidtta.bench.kernels import with_gradients
 from vidtta.kernels import common
 from vidtta.kernels.windows import Grid
@@ -33,6 +33,7 @@ SIZES = Sizes(
     draws=2,
     counted=(480,),
     chunk=((128, 2, 8, 12), (512, 2, 8, 12)),
+    network=SMALL.network,
 )
 
 
@@ -131,7 +132,7 @@ def trace_all(only: list[str]) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for case in all_cases(SIZES):
-        if only and not any(case.op.startswith(op) for op in only):
+        if not case.traced or (only and not any(case.op.startswith(op) for op in only)):
             continue
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         leaves = [t.detach().requires_grad_(i in case.trained) for i, t in enumerate(inputs)]
