@@ -12,6 +12,7 @@ from torch import Tensor
 from ..engine.adaptation import AdaptationSettings
 from ..engine.clip import encode_known, sample_continuation, task_of
 from ..engine.denoiser import Denoiser
+from ..engine.feature_cache import FeatureCache
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
@@ -72,8 +73,8 @@ def attention(scene: Scene) -> Row:
     return {"backends": rows}
 
 
-def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
-    """One evaluation of the guidance branches: a sampling step."""
+def sampling(path: str, branches: int, reused: bool = False) -> Callable[[Scene], Row]:
+    """One evaluation of the guidance branches: a sampling step. reused: one at which the feature cache serves."""
 
     def run(scene: Scene) -> Row:
         _, C, _, h, w = scene.known.latents.shape
@@ -81,10 +82,15 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
         z = torch.randn(1, C, T, h, w, generator=torch.Generator().manual_seed(2)).to(scene.device)
         t = torch.tensor(600.0, device=scene.device)
         with on(scene, path), torch.no_grad():
-            step = denoiser_of(scene, scene.length)
+            step, layers = denoiser_of(scene, scene.length), len(scene.experiment.dit.layers)
+            config, size = scene.experiment.dit.config, scene.size
+            if reused:  # one pair of layers at each step; the first call computes what all later ones reuse
+                first = min(2, layers - 1)
+                step.cache = FeatureCache(every=2**31, first=first, layers=layers)
+                config = replace(config, depth=(first + 1) // 2)
+                step(z, t, all_branches=branches == 3)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
             row |= compared(scene, f"sampling {branches}", torch.cat(found))
-            config, size = scene.experiment.dit.config, scene.size
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
             row["path"] = describe_path(scene.paths(path))
             before = scene.watch.graphs()
@@ -301,7 +307,7 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
                         adapter.adapt(task_of(run_one, known), lambda step, loss: None)
                     clock("adapt")
                     with torch.no_grad():
-                        latents, _ = sample_continuation(run_one, known, adapter, lambda *_: None)
+                        latents, *_ = sample_continuation(run_one, known, adapter, lambda *_: None)
                         clock("sample")
                         pixels = run_one.vae.decode(latents, run_one.window.generated)
                     clock("decode")
@@ -342,6 +348,8 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "delta closed": delta_steps("mid closed", fast=False),
     "sample1 eager": sampling("eager", 1),
     "sample1 fused": sampling("fused", 1),
+    "sample3 fused, reused": sampling("fused", 3, reused=True),
+    "sample1 fused, reused": sampling("fused", 1, reused=True),
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),

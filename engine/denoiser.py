@@ -7,14 +7,18 @@ adapting. The three branches of continuation (fact: the mask stays 1 in the bran
     prompt          prompt    given           null
     null            null      given           null
     unconditional   null      zero            null
+
+A feature cache, where one is given, spans the calls of one denoiser: each call is a step, and nothing outlives the continuation.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .feature_cache import FeatureCache
 from .models.attention import TextStates
 from .models.geometry import Geometry
 from .models.stdit3 import Caption, Condition, STDiT3
@@ -30,11 +34,16 @@ def _join(*states: TextStates) -> TextStates:
     )
 
 
+PROMPT, REST, ALL = slice(0, 1), slice(1, 3), slice(0, 3)
+"""Branches, in the order of the table above."""
+
+
 class Denoiser:
     """Velocities of one clip's continuation branches, [1, C, T, h, w] float32 each; see `ContinuationVelocity`.
 
     base_weights: a context inside which the model computes with its unadapted weights. Given, only the prompt branch uses the
-    adapted weights (`adapted_branches: conditional`); None, all branches do.
+    adapted weights (`adapted_branches: conditional`); None, all branches do. cache: new, and this denoiser's alone; None, every
+    layer is run at every step.
     """
 
     def __init__(
@@ -47,10 +56,12 @@ class Denoiser:
         *,
         null: Caption | None = None,
         base_weights: Callable[[], AbstractContextManager[None]] | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.model = model
         self.geometry = geometry
         self.base_weights = base_weights
+        self.cache = cache
         self.fps = torch.full((3,), fps, device=model.device)
         null = null or model.null_caption(prompt)
         self.prompt_text = model.text_states(prompt)
@@ -72,20 +83,29 @@ class Denoiser:
             )
 
     def _velocity(
-        self, z: Tensor, t: Tensor, text: TextStates, known_text: TextStates, condition: Condition
+        self,
+        branches: slice,
+        z: Tensor,
+        t: Tensor,
+        text: TextStates,
+        known_text: TextStates,
+        condition: Condition,
     ) -> tuple[Tensor, ...]:
         B = condition.latents.shape[0]
         x, timestep = z.expand(B, -1, -1, -1, -1), t.expand(B)
-        return self.model(x, timestep, self.fps[:B], text, known_text, self.geometry, condition).split(1)
+        through = None if self.cache is None else partial(self.cache.run, branches)
+        return self.model(x, timestep, self.fps[:B], text, known_text, self.geometry, condition, through).split(1)
 
     def __call__(self, z: Tensor, t: Tensor, *, all_branches: bool) -> tuple[Tensor, ...]:
+        if self.cache is not None:
+            self.cache.next_step()
         if not all_branches:
-            return self._velocity(z, t, self.prompt_text, self.null_text, self.given)
+            return self._velocity(PROMPT, z, t, self.prompt_text, self.null_text, self.given)
         if self.base_weights is None:
-            return self._velocity(z, t, self.all_text, self.null_text, self.all_conditions)
-        prompt = self._velocity(z, t, self.prompt_text, self.null_text, self.given)
+            return self._velocity(ALL, z, t, self.all_text, self.null_text, self.all_conditions)
+        prompt = self._velocity(PROMPT, z, t, self.prompt_text, self.null_text, self.given)
         with self.base_weights():
-            return *prompt, *self._velocity(z, t, self.all_text, self.rest_text, self.all_conditions)
+            return *prompt, *self._velocity(REST, z, t, self.all_text, self.rest_text, self.all_conditions)
 
 
 class TextDenoiser:
