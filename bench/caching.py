@@ -1,6 +1,6 @@
 """What the feature cache costs in quality for the work it saves, on clips of the small trained model; the table of engine/sampler.md.
 
-Run: python -m vidtta.bench.caching [--clips 8] [--samplers demo v1.3] [--methods none lora] [--check]
+Run: python -m vidtta.bench.caching [--clips 8] [--samplers demo v1.3] [--methods none lora] [--every 2 3] [--first 0 2 6] [--check]
 
 For each sampler and method, every interval and number of first layers: the share of layer evaluations reused, PSNR to the output without
 a cache, PSNR and SSIM to the real frames, and how far the change from frame to frame is from theirs; means over shifted tuning clips
@@ -21,14 +21,13 @@ SAMPLERS = {
     "v1.3": SamplerSettings(),
 }
 """recipes/demo.yaml's, one branch; and v1.3's, three branches and from step 10 on by turns one."""
-EVERY, FIRST = (2, 3), (0, 2, 6)
 HEAD = """| sampler | method | every | first | layers reused | PSNR to exact | PSNR | SSIM | temporal error, dB |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def lines(quality: Quality, sampler: str, method: str, firsts: tuple[int, ...]) -> None:
+def lines(quality: Quality, sampler: str, method: str, intervals: list[int], firsts: list[int]) -> None:
     """Print a method's lines of the table: without a cache, then with each."""
-    grid = [{}] + [{"cache_every": every, "cache_first": first} for every in EVERY for first in firsts]
+    grid = [{}] + [{"cache_every": every, "cache_first": first} for every in intervals for first in firsts]
     for cached in grid:
         row = quality.measure(method, "plain", **cached)
         every, first = (cached[name] if cached else none for name, none in (("cache_every", 1), ("cache_first", "-")))
@@ -46,6 +45,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument(
         "--check", action="store_true", help="one clip and two layers in few steps: no figures that mean anything"
     )
+    parser.add_argument("--every", nargs="+", type=int, default=[2, 3], help="intervals, above 1")
+    parser.add_argument("--first", nargs="+", type=int, default=[0, 2, 6], help="how many layers run at every step")
     arguments = parser.parse_args(words)
     make_deterministic()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.check else "cpu")
@@ -55,7 +56,7 @@ def main(words: list[str] | None = None) -> None:
         clips = 1 if arguments.check else arguments.clips
         quality = Quality(device, torch.float32, clips, short=arguments.check, sampler=sampler)
         for method in arguments.methods:
-            lines(quality, name, method, (0, 1) if arguments.check else FIRST)
+            lines(quality, name, method, arguments.every, [0, 1] if arguments.check else arguments.first)
 
 
 if __name__ == "__main__":
