@@ -346,7 +346,10 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
+    from .float8_cases import linear_cases, quantize_cases  # which takes its parts from here
+
     groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases]
+    groups += [quantize_cases, linear_cases]
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]
     names = [name for name, _, _ in sizes.batches]

@@ -15,15 +15,17 @@ from ..engine.denoiser import Denoiser
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
+from ..engine.models.float8 import use_float8
 from ..engine.models.paths import use_paths
 from ..engine.models.stdit3 import Condition
 from ..engine.models.vae_fast import use_channels_last, use_plain
 from ..kernels.attention import Shape, choose, measure, self_attention_shapes
 from . import work
-from .step_scene import Scene, describe_path
+from .step_scene import FLOAT8, Scene, describe, describe_path
 
 Row = dict[str, Any]
 FARTHEST = 0.05  # of a result from the eager path's, relative; beyond it a row has no time
+FARTHEST_FLOAT8 = 0.2  # 8 bits round on purpose; a wrong scale or a stale weight lies further
 FIXED = AdaptationSettings(timesteps="sampler", draws=8)
 
 
@@ -31,10 +33,12 @@ FIXED = AdaptationSettings(timesteps="sampler", draws=8)
 def on(scene: Scene, name: str) -> Iterator[None]:
     """Compute the layers by a named path for a while; graphs of the path before are forgotten, so they cost no memory."""
     use_paths(scene.experiment.dit, scene.paths(name))
+    use_float8(scene.experiment.dit, "all" if name.endswith(FLOAT8) else None)
     try:
         yield
     finally:
         use_paths(scene.experiment.dit, None)
+        use_float8(scene.experiment.dit, None)
 
 
 @contextmanager
@@ -83,10 +87,10 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
         with on(scene, path), torch.no_grad():
             step = denoiser_of(scene, scene.length)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
-            row |= compared(scene, f"sampling {branches}", torch.cat(found))
+            row |= compared(scene, f"sampling {branches}", torch.cat(found), farthest(path))
             config, size = scene.experiment.dit.config, scene.size
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
-            row["path"] = describe_path(scene.paths(path))
+            row["path"] = describe(scene, path)
             before = scene.watch.graphs()
             if path != "eager":
                 for length in scene.lengths:
@@ -108,7 +112,12 @@ def denoiser_of(scene: Scene, length: int) -> Denoiser:
     return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
 
 
-def compared(scene: Scene, kind: str, found: Tensor) -> Row:
+def farthest(path: str) -> float:
+    """How far a path's result may lie from the eager path's."""
+    return FARTHEST_FLOAT8 if path.endswith(FLOAT8) else FARTHEST
+
+
+def compared(scene: Scene, kind: str, found: Tensor, allowed: float = FARTHEST) -> Row:
     """Relative distance from what the first row of this kind computed (eager, in the same dtype: it rounds as well)."""
     found = found.detach().float()
     if not found.isfinite().all():
@@ -118,8 +127,8 @@ def compared(scene: Scene, kind: str, found: Tensor) -> Row:
         return {}
     truth = scene.truth[kind].to(found.device)
     error = ((found - truth).norm() / truth.norm()).item()
-    if not error < FARTHEST:
-        raise ArithmeticError(f"relative distance {error:.3g} from the eager path's result, allowed {FARTHEST}")
+    if not error < allowed:
+        raise ArithmeticError(f"relative distance {error:.3g} from the eager path's result, allowed {allowed}")
     return {"distance_from_eager": error}
 
 
@@ -141,9 +150,9 @@ def training(
                     lambda tick: adapter.adapt(task_of(experiment, scene.known), tick), adapter.restore
                 )
                 row |= {"losses": [trace.losses[0], trace.losses[-1]], "trained": adapter.change().trained}
-                row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses))
+                row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses), farthest(path))
                 row |= scene.rates(row["ms"], step_work(scene, method, row["trained"]))
-                row["path"] = describe_path(scene.paths(path))
+                row["path"] = describe(scene, path)
                 if path != "eager":
                     before = scene.watch.graphs()
                     for length in scene.lengths:
@@ -162,6 +171,23 @@ def training(
         return row
 
     return run
+
+
+def float8_weights(scene: Scene) -> Row:
+    """Quantising every weight anew, as after full fine-tuning, once a clip."""
+    dit = scene.experiment.dit
+    with on(scene, f"fused{FLOAT8}"):
+        assert dit.float8 is not None
+
+        def refresh() -> int:
+            for linear in dit.float8.linears:
+                linear.float8.version = None
+            return dit.float8.refresh()
+
+        row, count = scene.watch.measure(refresh)
+        numbers = sum(linear.weight.numel() for linear in dit.float8.linears)
+        row |= scene.rates(row["ms"], work.Work((scene.size + 1) * numbers, 0))
+        return row | {"weights": count, "float8_gib": dit.float8.bytes / 2**30, "path": "quantize_rows, in place"}
 
 
 def step_work(scene: Scene, method: Method, trained: int) -> work.Work:
@@ -345,6 +371,12 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),
+    "sample3 fused, float8": sampling(f"fused{FLOAT8}", 3),
+    "sample1 fused, float8": sampling(f"fused{FLOAT8}", 1),
+    "sample3 fused, not compiled, float8": sampling(f"fused, not compiled{FLOAT8}", 3),
+    "lora fused, float8": training(LORA, f"fused{FLOAT8}"),
+    "lora fused, not compiled, float8": training(LORA, f"fused, not compiled{FLOAT8}"),
+    "float8 weights": float8_weights,
     "sample3 compiled": sampling("compiled", 3),
     "sample3 compiled + attention": sampling("compiled + attention", 3),
     "lora compiled": training(LORA, "compiled"),

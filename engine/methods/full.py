@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
+from ..models.float8 import float8_everywhere
 from ..models.paths import method_path, records
 from ..models.stdit3 import STDiT3
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
@@ -49,6 +50,8 @@ class FullAdapter:
             "optimizer": describe_steps(self.masters, settings),
             "steps": "recorded" if records(model) else "launched",
         }
+        if float8_everywhere(model):
+            self.ways["float8"] = "sampling alone, as every weight is trained"
         self.fisher: Fisher | None = None
         self.trace = Trace()
 

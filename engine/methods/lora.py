@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates
+from ..models.float8 import float8_everywhere
 from ..models.lora_linear import LoRALinear
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, STDiT3
@@ -89,9 +90,10 @@ class LoRAAdapter:
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
         fast = method_path(model) != "plain"
-        self.extends = fast and settings.rank <= MAX_RANK
+        in_float8 = float8_everywhere(model)
+        self.extends = fast and settings.rank <= MAX_RANK and not in_float8
         why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
-        if fast and not self.extends:
+        if fast and not self.extends and not in_float8:
             raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -101,9 +103,10 @@ class LoRAAdapter:
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
         self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
         self.prefixed = settings.cache_prefix
+        apart = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
         self.ways = {
             "steps": "recorded" if records(model) and not self.prefixed else "launched",
-            "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
+            "lora": "one product" if self.extends else apart,
             "optimizer": describe_steps(self.masters, settings),
         }
         self.fisher: Fisher | None = None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attend as attend_by
+from .float8 import Linear
 from .geometry import WINDOW, Geometry
 from .rope import apply_rope
 
@@ -53,10 +54,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.windowed = windowed
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // heads)
         self.k_norm = RMSNorm(dim // heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, geometry: Geometry, backends: Backends = DEFAULT) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
@@ -181,9 +182,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_linear = nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a projected caption, [B, L, H, d] each."""

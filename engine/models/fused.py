@@ -7,6 +7,9 @@
     proj, low-rank addition, gate, residual          product + one pass kernels/gate_residual.py
     cross-attention, MLP                             plain products; norm and gated residual as above
 
+In float8 (float8.py) a frozen product is its quantisation in one pass, of an MLP's hidden state with the activation, and the library's
+product; a low-rank addition then joins in a product of its own.
+
 Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
 """
 
@@ -19,6 +22,7 @@ from ...kernels.norm_modulate import norm_modulate
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
+from .float8 import in_float8
 from .geometry import Geometry
 from .lora_linear import LoRALinear
 from .stdit3 import Layer
@@ -47,7 +51,7 @@ def fused_layer(
 
 def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """The linear layer of the modulated norm, its low-rank addition inside."""
-    if isinstance(linear, LoRALinear) and linear.extended is not None:
+    if isinstance(linear, LoRALinear) and linear.extended is not None and not in_float8(linear.base, x):
         n = norm_modulate(x, shift, scale, linear.A)
         return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
     return linear(norm_modulate(x, shift, scale))
@@ -73,7 +77,8 @@ def _self_attention(
 
 def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
     """x + gate * proj(a), a in window order where there is a grid."""
-    if isinstance(proj, LoRALinear) and proj.extended is not None:  # else a rank that the kernel does not take
+    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, a):
         base = proj.base
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
+    # Also where a rank is more than the kernel takes.
     return gate_residual(x, proj(a), gate, grid)
