@@ -50,6 +50,7 @@ PATHS = {
     "fast": ("fused", "last triton"),
     "compiled": ("compiled", "last compiled"),
     "float8": ("fused, float8", "last triton"),
+    "float8 alone": ("eager, float8", "plain"),
 }
 """How the layers are computed, and in which order the VAE keeps its channels, by the last word of a clip's row."""
 

@@ -181,7 +181,7 @@ def float8_weights(scene: Scene) -> Row:
 
         def refresh() -> int:
             for linear in dit.float8.linears:
-                linear.float8.version = None
+                linear.float8.version = (0, 0)
             return dit.float8.refresh()
 
         row, count = scene.watch.measure(refresh)

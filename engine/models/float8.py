@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ...kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from ..errors import UserError
-from .float8_linear import MULTIPLE, float8_linear, float8_linear_reference
+from .float8_linear import float8_linear, float8_linear_reference, quantize_weight
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
@@ -48,28 +47,25 @@ class Rule:
         return sampling or (self.where == "all" and not trained)
 
 
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """What changes with every write to a weight, and where it lies."""
+    return weight.data_ptr(), weight._version
+
+
 class Copy:
-    """A weight in float8. values: [out, in] float8_e4m3fn; scales: [out, 1] float32; version: of the weight that they hold."""
+    """A weight in float8. values, scales: from `quantize_weight`; version: of the weight that they hold."""
 
     def __init__(self, weight: Tensor, rule: Rule) -> None:
         self.rule = rule
-        self.values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-        self.scales = torch.empty(weight.shape[0], 1, device=weight.device)
-        self.version: tuple[int, int] | None = None
+        self.values, self.scales = quantize_weight(weight)
+        self.version = version_of(weight)
 
-    @torch.no_grad()
     def refresh(self, weight: Tensor) -> bool:
         """Bring the copy up to its weight; whether that took anything."""
-        version = (weight.data_ptr(), weight._version)
-        if version == self.version:
+        if self.version == version_of(weight):
             return False
-        if weight.is_cuda:
-            quantize_rows(weight.detach(), out=(self.values, self.scales))
-        else:
-            values, scales = quantize_rows_reference(weight.detach())
-            self.values.copy_(values)
-            self.scales.copy_(scales)
-        self.version = version
+        quantize_weight(weight, out=(self.values, self.scales))
+        self.version = version_of(weight)
         return True
 
 
@@ -107,10 +103,6 @@ class Float8:
             for name in LINEARS:
                 linear = layer.get_submodule(name)
                 assert isinstance(linear, Linear), f"{name} was {type(linear)}; methods are attached afterwards"
-                if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
-                    raise ValueError(
-                        f"{name} is {linear.in_features} by {linear.out_features}, and both must be multiples of {MULTIPLE}"
-                    )
                 linear.float8 = Copy(linear.weight, self.rule)
                 self.linears.append(linear)
 
@@ -135,8 +127,7 @@ class Float8:
 
 
 def use_float8(model: "STDiT3", where: Where | None, features_tokens: int = 0) -> None:
-    """Compute a network's layers in float8 from now on, or with None no longer; before a method is attached. Raises ValueError
-    where its widths are not those of float8 products."""
+    """Compute a network's layers in float8 from now on, or with None no longer; before a method is attached."""
     if model.float8 is not None:
         for linear in model.float8.linears:
             linear.float8 = None

@@ -3,7 +3,8 @@
 On a GPU the library's product with a scale a row (torch._scaled_mm) after one pass that quantises x (kernels/quantize_rows.py);
 elsewhere a reference that quantises, dequantises and multiplies in float32. The weight is frozen; the gradient of x is that of the
 unrounded layer, dy W with W in 16 bits: rounding has no useful derivative, and a float8 product would need scales along its sum and
-a transposed copy of every weight. An operator of its own, so that a compiler need not know the library's call.
+a transposed copy of every weight. Widths that are no multiples of 16 are padded with zeros, in x and W alike. An operator of its
+own, so that a compiler need not know the library's call.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.common import check
-from ...kernels.quantize_rows import dequantized, quantize_rows, quantize_rows_reference
+from ...kernels.quantize_rows import dequantized, padded, quantize_rows, quantize_rows_reference
 
 MULTIPLE = 16  # of both widths, as the library's product needs
 FAST_ACCUMULATION = False
@@ -27,35 +28,57 @@ def float8_linear_reference(x: Tensor, values: Tensor, scales: Tensor, bias: Ten
     """The mathematics in float32, or in float64 for a float64 x; in x's dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = dequantized(*quantize_rows_reference(x.to(wide), gelu))
-    return F.linear(rows, dequantized(values, scales.to(wide)), bias.to(wide)).to(x.dtype)
+    weight = dequantized(values, scales.to(wide))[: bias.shape[0], : x.shape[-1]]
+    return F.linear(rows, weight, bias.to(wide)).to(x.dtype)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """values [Q, P] float8_e4m3fn and scales [Q, 1] float32 of a weight [N, K], both sides padded to multiples of 16 with zeros. out:
+    what this gave earlier, to write into."""
+    N, K = weight.shape
+    if out is None:
+        shape = padded(N, MULTIPLE), padded(K, MULTIPLE)
+        values = torch.zeros(shape, device=weight.device).to(torch.float8_e4m3fn)
+        out = values, torch.ones(shape[0], 1, device=weight.device)
+    kept = out[0][:N], out[1][:N]
+    if weight.is_cuda:
+        quantize_rows(weight.detach(), multiple=MULTIPLE, out=kept)
+    else:
+        for mine, found in zip(kept, quantize_rows_reference(weight.detach(), multiple=MULTIPLE), strict=True):
+            mine.copy_(found)
+    return out
 
 
 def scaled_product(
     rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The library's product of float8 rows [M, K] and output channels [N, K] with their scales [M, 1] and [N, 1], plus bias."""
-    return torch._scaled_mm(
+    """The library's product of float8 rows [M, P] and output channels [Q, P] with their scales [M, 1] and [Q, 1], plus bias [N]; its
+    first N columns. P and Q: multiples of 16."""
+    N, Q = bias.shape[0], values.shape[0]
+    out = torch._scaled_mm(
         rows,
         values.t(),
         scale_a=row_scales,
         scale_b=scales.view(1, -1),
-        bias=bias,
+        bias=bias if N == Q else F.pad(bias, (0, Q - N)),
         out_dtype=dtype,
         use_fast_accum=FAST_ACCUMULATION,
     )
+    return out if N == Q else out[:, :N].contiguous()
 
 
 @torch.library.custom_op("vidtta::float8_linear", mutates_args=())
 def _float8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
     if not x.is_cuda:
         return float8_linear_reference(x, values, scales, bias, gelu)
-    rows, row_scales = quantize_rows(x.flatten(0, -2), gelu)
+    rows, row_scales = quantize_rows(x.flatten(0, -2), gelu, MULTIPLE)
     return scaled_product(rows, row_scales, values, scales, bias, x.dtype).view(*x.shape[:-1], -1)
 
 
 @_float8_linear.register_fake
 def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    return x.new_empty(*x.shape[:-1], bias.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,19 +98,16 @@ def float8_linear(
 ) -> Tensor:
     """x W^T + b, or gelu(x) W^T + b, in float8, [..., N] of x's dtype; differentiable in x without `gelu`: W and b are frozen.
 
-    x: [..., K], bfloat16 on a GPU, of any number of rows. values, scales: of W by `quantize_rows`, [N, K] and [N, 1]. bias: [N] and
-    weight: W [N, K], both of x's dtype; the weight is read by the backward alone. K and N: multiples of 16.
+    x: [..., K], bfloat16 on a GPU, of any number of rows. values, scales: of W, from `quantize_weight`. bias: [N] and weight: W [N, K],
+    both of x's dtype; the weight is read by the backward alone.
     Raises ValueError where shapes disagree, or where a gradient is asked for that there is not.
     """
     N, K = weight.shape
+    Q, P = padded(N, MULTIPLE), padded(K, MULTIPLE)
     check(
-        x.ndim >= 2 and x.shape[-1] == K and values.shape == (N, K) and scales.shape == (N, 1) and bias.shape == (N,),
+        x.ndim >= 2 and x.shape[-1] == K and values.shape == (Q, P) and scales.shape == (Q, 1) and bias.shape == (N,),
         f"float8_linear: x, values, scales and bias are {list(x.shape)}, {list(values.shape)}, {list(scales.shape)} and "
-        f"{list(bias.shape)}; weight {[N, K]} needs [..., {K}], {[N, K]}, {[N, 1]} and {[N]}",
-    )
-    check(
-        K % MULTIPLE == 0 and N % MULTIPLE == 0,
-        f"float8_linear: both sides of weight {[N, K]} must be multiples of {MULTIPLE}; take F.linear",
+        f"{list(bias.shape)}; weight {[N, K]} needs [..., {K}], {[Q, P]}, {[Q, 1]} and {[N]}",
     )
     asked = torch.is_grad_enabled()
     check(

@@ -322,13 +322,29 @@ def test_an_mlps_hidden_state_is_quantised_with_its_activation(monkeypatch: pyte
         assert torch.equal(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh")))
 
 
-def test_widths_that_products_do_not_take_are_one_sentence():
+def test_widths_that_are_no_multiples_of_16_are_padded():
+    """As the embedded model's 216: 24 in, 24, 72 and 96 out."""
     model = tiny_dit(hidden=24)
+    put_float8_in_force(model, ModelSettings(float8="all"), 4)
+    assert model.float8 is not None
+    shapes = {tuple(linear.float8.values.shape) for linear in model.float8.linears}  # type: ignore[union-attr]
+    assert shapes == {(80, 32), (32, 32), (96, 32), (32, 96)}
+    torch.testing.assert_close(velocities(model, 5), velocities(by_hand(model), 5), rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_that_cannot_run_on_a_card_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_dit()
+
+    def refuse(model: STDiT3) -> None:
+        raise RuntimeError("no kernel image\nmore of it")
+
+    monkeypatch.setattr(float8_module, "_missing", lambda settings, device: "")
+    monkeypatch.setattr(float8_module, "_try_product", refuse)
+    monkeypatch.setattr(STDiT3, "device", torch.device("cuda"))
     with pytest.raises(UserError) as found:
         put_float8_in_force(model, ModelSettings(float8="all"), 4)
     assert str(found.value) == (
-        "model.float8 was all, which cannot run here (attn.qkv is 24 by 72, and both must be multiples of 16); "
-        "take model.float8: none"
+        "model.float8 was all, which cannot run here (no kernel image); take model.float8: none"
     )
     assert model.float8 is None and not any(getattr(m, "float8", None) for m in model.modules())
 
