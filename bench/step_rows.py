@@ -25,7 +25,6 @@ from .step_scene import FLOAT8, Scene, describe, describe_path
 
 Row = dict[str, Any]
 FARTHEST = 0.05  # of a result from the eager path's, relative; beyond it a row has no time
-FARTHEST_FLOAT8 = 0.2  # 8 bits round on purpose; a wrong scale or a stale weight lies further
 FIXED = AdaptationSettings(timesteps="sampler", draws=8)
 
 
@@ -87,7 +86,7 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
         with on(scene, path), torch.no_grad():
             step = denoiser_of(scene, scene.length)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
-            row |= compared(scene, f"sampling {branches}", torch.cat(found), farthest(path))
+            row |= compared(scene, f"sampling {branches}", torch.cat(found))
             config, size = scene.experiment.dit.config, scene.size
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
             row["path"] = describe(scene, path)
@@ -112,12 +111,7 @@ def denoiser_of(scene: Scene, length: int) -> Denoiser:
     return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
 
 
-def farthest(path: str) -> float:
-    """How far a path's result may lie from the eager path's."""
-    return FARTHEST_FLOAT8 if path.endswith(FLOAT8) else FARTHEST
-
-
-def compared(scene: Scene, kind: str, found: Tensor, allowed: float = FARTHEST) -> Row:
+def compared(scene: Scene, kind: str, found: Tensor) -> Row:
     """Relative distance from what the first row of this kind computed (eager, in the same dtype: it rounds as well)."""
     found = found.detach().float()
     if not found.isfinite().all():
@@ -127,8 +121,8 @@ def compared(scene: Scene, kind: str, found: Tensor, allowed: float = FARTHEST) 
         return {}
     truth = scene.truth[kind].to(found.device)
     error = ((found - truth).norm() / truth.norm()).item()
-    if not error < allowed:
-        raise ArithmeticError(f"relative distance {error:.3g} from the eager path's result, allowed {allowed}")
+    if not error < FARTHEST:
+        raise ArithmeticError(f"relative distance {error:.3g} from the eager path's result, allowed {FARTHEST}")
     return {"distance_from_eager": error}
 
 
@@ -150,7 +144,7 @@ def training(
                     lambda tick: adapter.adapt(task_of(experiment, scene.known), tick), adapter.restore
                 )
                 row |= {"losses": [trace.losses[0], trace.losses[-1]], "trained": adapter.change().trained}
-                row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses), farthest(path))
+                row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses))
                 row |= scene.rates(row["ms"], step_work(scene, method, row["trained"]))
                 row["path"] = describe(scene, path)
                 if path != "eager":
@@ -177,17 +171,18 @@ def float8_weights(scene: Scene) -> Row:
     """Quantising every weight anew, as after full fine-tuning, once a clip."""
     dit = scene.experiment.dit
     with on(scene, f"fused{FLOAT8}"):
-        assert dit.float8 is not None
+        copies = dit.float8
+        assert copies is not None
 
         def refresh() -> int:
-            for linear in dit.float8.linears:
-                linear.float8.version = (0, 0)
-            return dit.float8.refresh()
+            for _, copy in copies.pairs():
+                copy.version = (0, 0)  # no weight's
+            return copies.refresh()
 
         row, count = scene.watch.measure(refresh)
-        numbers = sum(linear.weight.numel() for linear in dit.float8.linears)
+        numbers = sum(linear.weight.numel() for linear, _ in copies.pairs())
         row |= scene.rates(row["ms"], work.Work((scene.size + 1) * numbers, 0))
-        return row | {"weights": count, "float8_gib": dit.float8.bytes / 2**30, "path": "quantize_rows, in place"}
+        return row | {"weights": count, "float8_gib": copies.bytes / 2**30, "path": "quantize_rows, in place"}
 
 
 def step_work(scene: Scene, method: Method, trained: int) -> work.Work:

@@ -251,6 +251,9 @@ class FusedAdamW:
                 lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
             )  # fmt: skip
+            torch.autograd.graph.increment_version(
+                masters
+            )  # the fused kernel writes without telling (models/float8.py asks)
             for parameter in parameters:
                 parameter.grad = None
         m.publish()

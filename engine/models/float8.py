@@ -109,18 +109,19 @@ class Float8:
     @property
     def bytes(self) -> int:
         """Of all copies; at STDiT3-XL/2 0.97 GiB."""
-        return sum(copy.values.nbytes + copy.scales.nbytes for _, copy in self._pairs())
+        return sum(copy.values.nbytes + copy.scales.nbytes for _, copy in self.pairs())
 
     def refresh(self, rows: float = inf) -> int:
         """Bring the copies that serve products of so many rows up to their weights (by default those of sampling); how many
         were made anew."""
         return sum(
             copy.refresh(linear.weight)
-            for linear, copy in self._pairs()
+            for linear, copy in self.pairs()
             if copy.rule.serves(rows, linear.weight.requires_grad)
         )
 
-    def _pairs(self) -> Iterator[tuple[Linear, Copy]]:
+    def pairs(self) -> Iterator[tuple[Linear, Copy]]:
+        """Each linear and its copy."""
         for linear in self.linears:
             assert linear.float8 is not None
             yield linear, linear.float8

@@ -1,6 +1,10 @@
 """Linear layers in float8: off they change no bit, on they are fresh, frozen, in the protocol, and as near as float8 is."""
 
 import copy
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor operations under private names alone)
+
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +18,7 @@ from vidtta.engine import choices as choices_module
 from vidtta.engine.clip import continue_clip
 from vidtta.engine.errors import UserError
 from vidtta.engine.methods import AnyMethod, Delta, FullFineTuning, LoRA, NoAdaptation
+from vidtta.engine.methods.optimize import FusedAdamW, Masters, PlainAdamW
 from vidtta.engine.models import float8 as float8_module
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.models.float8 import LINEARS, Linear, put_float8_in_force, use_float8
@@ -219,6 +224,33 @@ def test_adapted_weights_are_quantised_anew_and_back_after_the_clip(monkeypatch:
     monkeypatch.setattr(float8_module.Copy, "refresh", lambda self, weight: False)
     found, truth = adapted()
     assert distance(found, truth) > moved / 4  # stale copies are seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_every_write_that_a_method_makes_is_seen(dtype, fused):
+    """Steps of both optimizers (on a float32 weight in place, on a rounded one by its master), publishing, and going back."""
+    parameter = nn.Parameter(noise(0, 32, 48).to(dtype))
+    copy_of = float8_module.Copy(parameter, float8_module.Rule("all", 0))
+    base = [parameter.detach().clone()]
+    masters = Masters([parameter], fused=fused)
+
+    def seen() -> bool:
+        found = copy_of.refresh(parameter)
+        values, scales = quantize_rows_reference(parameter.detach())
+        assert torch.equal(copy_of.values.float(), values.float()) and torch.equal(copy_of.scales, scales)
+        return found
+
+    assert not seen()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = (FusedAdamW if fused else PlainAdamW)(masters, FullFineTuning(lr=0.1))
+    optimizer.step(optimizer.gradient_norm(), 0.1)
+    assert seen() and not seen()
+    torch._foreach_copy_([parameter.detach()], base)
+    assert seen() and torch.equal(parameter, base[0])
+    masters.reset([base[0].float() + 1])
+    masters.publish()
+    assert seen() and not seen()
 
 
 def test_each_branch_of_guidance_has_the_copies_of_its_weights():
