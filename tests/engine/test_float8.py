@@ -1,6 +1,5 @@
 """Linear layers in float8: off they change no bit, on they are fresh, frozen, in the protocol, and as near as float8 is."""
 
-import copy
 # pyright: reportPrivateImportUsage=false
 # (torch exports its multi-tensor operations under private names alone)
 
