@@ -64,7 +64,7 @@ def work(arguments: argparse.Namespace) -> None:
         scene.choice = Choice.from_json(choice.read_text())
     dit, vae = scene.experiment.dit, scene.experiment.vae
     use_paths(dit, scene.paths(arguments.path))
-    if arguments.path == "fused":
+    if "fused" in arguments.path:
         use_channels_last(vae, triton=device.type == "cuda")
     method = LoRA(steps=20) if arguments.method == "lora" else NoAdaptation()
     adapter = method.attach(dit, 0)

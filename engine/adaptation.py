@@ -4,8 +4,9 @@ Draw k (a timestep and noise) depends on (recipe seed, clip, k) alone, so every 
 noised latents, the condition and the caption go in; the clean latents of the frames to predict enter the loss only.
 """
 
+from copy import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +62,7 @@ class AdaptationSettings:
             raise ValueError(f"reset must be clip, never or a number of clips of at least 2, was {self.reset}")
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """One timestep, [1] float32 0..1000, and noise of the latents' shape in float32."""
 
     t: Tensor
@@ -118,6 +118,15 @@ class Task:
             )
         self.grid = sampling_timesteps(sampling_steps, *self._size, size_dtype=model.dtype)
         self._drawn: dict[int, Draw] = {}
+
+    def of(self, latents: Tensor, prompt: Caption | None = None) -> "Task":
+        """The same task on other known latents of the same shape, and with another caption where one is given. Only for draws that
+        are made already: it makes none of that clip."""
+        if latents.shape != self.latents.shape:
+            raise ValueError(f"latents must be {list(self.latents.shape)} as the task's, were {list(latents.shape)}")
+        other, mask = copy(self), self.condition.mask
+        other.latents, other.condition, other.prompt = latents, Condition(latents * mask, mask), prompt or self.prompt
+        return other
 
     def draw(self, k: int) -> Draw:
         """Draw k, cycling through `settings.draws` of them; on the model's device. The last two drawn are kept."""

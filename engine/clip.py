@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from .adaptation import AdaptationSettings, Task
-from .denoiser import Denoiser
+from .denoiser import Denoiser, velocities_of
 from .errors import UserError
 from .files import sha256_json, sha256_tensor
 from .flow import sampling_timesteps
-from .memory import peak_memory, reset_peak_memory
+from .memory import peak_memory, reset_peak_memory, send
 from .methods.none import NoAdapter
 from .methods.optimize import Trace
 from .methods.protocol import Adapter, Change
+from .models.paths import records
 from .models.stdit3 import Caption, Condition, STDiT3
 from .models.vae import VAE
+from .recorded import CAPTION_LENGTHS, Records
 from .sampler import ContinuationGuidance, SamplerSettings, sample
 from .seeds import normal
 from .window import Window
@@ -239,6 +241,10 @@ def sample_continuation(
     mask = torch.zeros_like(given)
     given[:, :, :K], mask[:, :, :K] = known.latents, 1
     geometry = dit.geometry(window.latent_frames, (h, w), experiment.pixel_size, tuple(range(K)))
+    if not records(dit, "sampling"):
+        adapter.sampling = None
+    elif adapter.sampling is None:
+        adapter.sampling = Records(velocities_of(dit, geometry, window.fps), 2 * CAPTION_LENGTHS)  # by batches
     branches = Denoiser(
         dit,
         geometry,
@@ -246,16 +252,24 @@ def sample_continuation(
         known.prompt,
         Condition(given, mask),
         base_weights=adapter.suspended if experiment.adaptation.adapted_branches == "conditional" else None,
+        records=adapter.sampling,
     )
 
     def noise(purpose: str, index: int, frames: int) -> Tensor:
         drawn = normal((1, C, frames, h, w), experiment.seed, known.clip_id, purpose + sample_name, index)
-        return drawn.to(dit.device, dit.dtype)  # rounded to the model's dtype, as the official scripts draw it
+        return send(drawn, dit.device, dit.dtype)  # rounded to the model's dtype, as the official scripts draw it
+
+    drawn: dict[int, Tensor] = {}
 
     def known_noise(step: int) -> Tensor:
         fresh = torch.zeros_like(given)
-        fresh[:, :, :K] = noise("known frames", step, K)
+        fresh[:, :, :K] = drawn.pop(step) if step in drawn else noise("known frames", step, K)
         return fresh
+
+    def stepped(step: int) -> None:
+        progress("sample", step + 1, settings.steps)
+        if settings.sdedit and step + 1 < settings.steps:
+            drawn[step + 1] = noise("known frames", step + 1, K)  # while the device is at work
 
     start = noise("sampling", 0, window.latent_frames)
     size = (*experiment.pixel_size, window.model_frames)
@@ -275,7 +289,7 @@ def sample_continuation(
         known=given,
         known_mask=mask,
         known_noise=known_noise if settings.sdedit else None,
-        on_step=lambda step: progress("sample", step + 1, settings.steps),
+        on_step=stepped,
     )
     return latents, made_from
 

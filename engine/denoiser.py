@@ -15,9 +15,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from .models.attention import TextStates
+from .models.attention import TextStates, apart, joined
 from .models.geometry import Geometry
 from .models.stdit3 import Caption, Condition, STDiT3
+from .recorded import Records
 
 
 def _join(*states: TextStates) -> TextStates:
@@ -30,11 +31,26 @@ def _join(*states: TextStates) -> TextStates:
     )
 
 
+def velocities_of(model: STDiT3, geometry: Geometry, fps: float) -> Callable[..., Tensor]:
+    """Velocities [B, C, T, h, w] float32 as a function of all that differs from step to step and from clip to clip: the latent
+    [1, C, T, h, w], the timestep (scalar), the condition's latents and mask [B, C, T, h, w], and the text's tensors (`joined`)."""
+    layers, fps_1 = len(model.layers), torch.full((1,), fps, device=model.device)
+
+    def compute(z: Tensor, t: Tensor, latents: Tensor, mask: Tensor, *text: Tensor) -> Tensor:
+        B = latents.shape[0]
+        own, known = apart(text, layers)
+        x = z.expand(B, -1, -1, -1, -1)
+        return model(x, t.expand(B), fps_1.expand(B), own, known, geometry, Condition(latents, mask))
+
+    return compute
+
+
 class Denoiser:
     """Velocities of one clip's continuation branches, [1, C, T, h, w] float32 each; see `ContinuationVelocity`.
 
     base_weights: a context inside which the model computes with its unadapted weights. Given, only the prompt branch uses the
-    adapted weights (`adapted_branches: conditional`); None, all branches do.
+    adapted weights (`adapted_branches: conditional`); None, all branches do. records: of `velocities_of` this network, for the
+    weights' storage and the modules that are in it now; None, each step is launched.
     """
 
     def __init__(
@@ -47,11 +63,11 @@ class Denoiser:
         *,
         null: Caption | None = None,
         base_weights: Callable[[], AbstractContextManager[None]] | None = None,
+        records: Records | None = None,
     ) -> None:
         self.model = model
-        self.geometry = geometry
         self.base_weights = base_weights
-        self.fps = torch.full((3,), fps, device=model.device)
+        self.compute = records or velocities_of(model, geometry, fps)
         null = null or model.null_caption(prompt)
         self.prompt_text = model.text_states(prompt)
         self.null_text = model.text_states(null)
@@ -74,9 +90,10 @@ class Denoiser:
     def _velocity(
         self, z: Tensor, t: Tensor, text: TextStates, known_text: TextStates, condition: Condition
     ) -> tuple[Tensor, ...]:
-        B = condition.latents.shape[0]
-        x, timestep = z.expand(B, -1, -1, -1, -1), t.expand(B)
-        return self.model(x, timestep, self.fps[:B], text, known_text, self.geometry, condition).split(1)
+        if self.model.float8 is not None:
+            self.model.float8.refresh()  # a record does not look whether the weights are those that it was made with
+        found = self.compute(z, t, condition.latents, condition.mask, *joined((text, known_text)))
+        return found.clone().split(1)  # the next record may lie there
 
     def __call__(self, z: Tensor, t: Tensor, *, all_branches: bool) -> tuple[Tensor, ...]:
         if not all_branches:

@@ -17,10 +17,11 @@ from .choices import Way, Work, paths_of, use_vae_way
 from .clip import Experiment, Known, task_of
 from .denoiser import Denoiser
 from .methods import LoRA
-from .models.paths import use_paths
+from .models.paths import records, use_paths
 from .models.stdit3 import Caption, Condition
 from .models.vae import CHUNK_FRAMES, CHUNK_LATENTS
 from .models.vae_fast import use_plain
+from .recorded import Recorded
 from .seeds import normal
 
 LAYERS = 8  # of the network, spatial and temporal in turn
@@ -50,6 +51,8 @@ def measure_ways(
                 start = _now(experiment)
                 result = call().detach().float()
                 row["first_s"] = _now(experiment) - start
+                if (work == "training" or work == "features") and records(experiment.dit, work) and len(ways) > 1:
+                    call = Recorded(call, (), warm_ups=1)  # as a run does them
                 if truth is None:
                     truth = result
                 row["distance"] = ((result - truth).norm() / truth.norm()).item()
@@ -128,7 +131,8 @@ def _example(experiment: Experiment, work: Work, lora: LoRA) -> Iterator[Callabl
             geometry = dit.geometry(frames, (height // 8, width // 8), experiment.pixel_size, known)
             denoiser = Denoiser(dit, geometry, window.fps, caption, Condition(latents * mask, mask))
             x, t = latents.float().expand(3, -1, -1, -1, -1), torch.full((3,), 600.0, device=dit.device)
-            state = dit.embed(x, t, denoiser.fps, geometry, denoiser.all_conditions)
+            fps = torch.full((3,), window.fps, device=dit.device)
+            state = dit.embed(x, t, fps, geometry, denoiser.all_conditions)
             text = denoiser.all_text, denoiser.null_text
         else:
             task = task_of(experiment, Known("paths", latents, caption))

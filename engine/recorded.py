@@ -1,10 +1,16 @@
 """A computation recorded once as a CUDA graph and replayed: what was thousands of launches becomes one."""
 
-from collections.abc import Callable
+# pyright: reportPrivateImportUsage=false
+# (torch exports its multi-tensor operations under private names alone)
+
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+CAPTION_LENGTHS = 8
+"""Records of a computation that are held at once: captions of another length have another."""
 
 
 class Recorded:
@@ -13,14 +19,15 @@ class Recorded:
     are overwritten by the next call.
 
     warm_ups: runs before recording, in which code compiles and libraries choose algorithms; they have the computation's effects.
-    pool: memory of an earlier record that no one calls any more, to be used again (`pool` of that record).
-    The same kernels run on the same numbers as in `compute`, so equal bits are expected; README.md says what was seen of it on a card.
+    pool: memory of an earlier record (`pool` of that record), to be used again: a call of either then overwrites the other's
+    result. The same kernels run on the same numbers as in `compute`, so equal bits are expected; README.md says what was seen of
+    it on a card.
     """
 
     def __init__(
-        self, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, warm_ups: int, pool: Any = None
+        self, compute: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm_ups: int, pool: Any = None
     ) -> None:
-        self.inputs = tuple(tensor.detach().clone() for tensor in inputs)
+        self.inputs = [tensor.detach().clone() for tensor in inputs]
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -36,8 +43,46 @@ class Recorded:
     def pool(self) -> Any:
         return self.graph.pool()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+    def __call__(self, *inputs: Tensor) -> Any:
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"{len(self.inputs)} inputs were recorded, {len(inputs)} given")
+        if inputs:
+            torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         return self.result
+
+
+class Records:
+    """compute(*inputs), recorded once for each set of shapes and replayed from then on, for whatever inputs come.
+
+    The first call at a set of shapes runs as it is, and so compiles and chooses algorithms where these are new; the second is
+    recorded, and it and all later ones are replayed: their result lies in the record's storage, until the next call.
+    limit: how many records are held; the one used longest ago goes first. All share their memory. Give every tensor that differs
+    from call to call as an input; what else `compute` reads must stay where it is (see `Recorded`).
+    """
+
+    def __init__(self, compute: Callable[..., Any], limit: int) -> None:
+        self.compute, self.limit = compute, limit
+        self.seen: set[Hashable] = set()
+        self.held: dict[Hashable, Recorded] = {}
+        self.pool: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if key not in self.seen:
+            self.seen.add(key)
+            return self.compute(*inputs)
+        record = self.held.pop(key, None) or self._record(inputs)
+        self.held[key] = record  # the last one is the one used last
+        return record(*inputs)
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> Recorded:
+        gone = self.held.pop(next(iter(self.held))) if len(self.held) == self.limit else None
+        if gone:
+            gone.result = None  # its memory is free then; the record itself keeps the pool alive until another does
+        if self.pool is None and inputs[0].is_cuda:
+            torch.cuda.empty_cache()  # what the launched call used, which the record's memory would come on top of
+        record = Recorded(self.compute, inputs, warm_ups=0, pool=self.pool)
+        self.pool = record.pool
+        del gone
+        return record

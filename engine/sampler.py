@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .flow import NUM_TIMESTEPS, add_noise
+from .memory import send
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class ContinuationGuidance:
         prompt, null, unconditional = self.branches(z, t, all_branches=True)
         weight: float | Tensor = image_scale
         if self.settings.decreasing_image_weight and image_scale > 1.0:
-            weight = image_weights(image_scale, step, self.settings.steps, self.frames).to(z.device, z.dtype)
+            weight = send(image_weights(image_scale, step, self.settings.steps, self.frames), z.device, z.dtype)
         return unconditional + weight * (null - unconditional) + text_scale * (prompt - null)
 
 

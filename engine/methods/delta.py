@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adaptation import AdaptationSettings, Draw, Task
-from ..models.attention import TextStates
-from ..models.paths import method_path, raise_if_strict
+from ..models.attention import TextStates, apart, joined
+from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
+from ..recorded import CAPTION_LENGTHS, Records
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep
@@ -179,10 +180,15 @@ class DeltaAdapter:
         self.layer = DeltaFinalLayer(self.base, settings.site, settings.ranges)
         model.final_layer = self.layer  # type: ignore[assignment]
         self.masters = Masters([self.layer.d])
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.on_kernels, way = self._choose_fit()
-        self.ways = {"fit on cached features": way}
+        self.ways = {
+            "features": "recorded" if records(model, "features") else "launched",
+            "fit on cached features": way,
+        }
+        self.recorded: Records | None = None
         # Of each pixel's 2C outputs only the first C are the velocity.
         outputs = torch.arange(self.base.linear.out_features, device=model.device)
         self.used = (outputs % (2 * model.config.in_channels) < model.config.in_channels).nonzero().flatten()
@@ -203,25 +209,39 @@ class DeltaAdapter:
         raise_if_strict(self.model, why)
         return False, f"{plain} ({why})"
 
-    @torch.no_grad()
     def cache(self, task: Task) -> list[CachedDraw]:
         """Run the layers once for each draw."""
-        text = task.captions()
         assert task.settings.draws != "fresh"
-        return [self._cache_one(task, task.draw(k), text) for k in range(task.settings.draws)]
+        return self._cache(task, [task.draw(k) for k in range(task.settings.draws)])
 
-    @torch.no_grad()
     def cache_held_out(self, task: Task, draws: int) -> list[CachedDraw]:
         """The same for held-out draws, for early stopping."""
-        if not draws:
-            return []
-        text = task.captions()
-        return [self._cache_one(task, task.held_out_draw(k), text) for k in range(draws)]
+        return self._cache(task, [task.held_out_draw(k) for k in range(draws)])
+
+    @torch.no_grad()
+    def _cache(self, task: Task, draws: list[Draw]) -> list[CachedDraw]:
+        layers = len(self.model.layers)
+
+        @torch.no_grad()
+        def features(t: Tensor, noise: Tensor, latents: Tensor, *text: Tensor) -> list[Tensor]:
+            found = self._cache_one(task.of(latents), Draw(t, noise), apart(text, layers))
+            return [*found.state, found.residual, found.weight, found.zero_loss]
+
+        if records(self.model, "features"):
+            # This task's computation serves for every clip to come: of a clip it reads what it is given.
+            self.recorded = self.recorded or Records(features, CAPTION_LENGTHS)
+        else:
+            self.recorded = None
+        clip, cached = (task.latents, *joined(task.captions())), []
+        for draw in draws:
+            found = (self.recorded or features)(*draw, *clip)
+            *state, residual, weight, zero_loss = (tensor.clone() for tensor in found)  # the next draw's may lie there
+            cached.append(CachedDraw(Embedded(*state), residual, weight, zero_loss))
+        return cached
 
     def _cache_one(self, task: Task, draw: Draw, text: tuple[TextStates, TextStates]) -> CachedDraw:
         state = self.model.run_layers(task.embed(draw), *text, task.geometry)
-        counted = state.tokens[:, task.first_counted * task.geometry.tokens_per_frame :].clone()
-        state = state._replace(tokens=counted)
+        state = state._replace(tokens=state.tokens[:, task.first_counted * task.geometry.tokens_per_frame :].clone())
         target = task.target(draw)
         base = self.base(state.tokens, state.time, state.timestep).float()[..., self.used]
         weight = to_patches(torch.ones_like(target))
@@ -337,4 +357,4 @@ class DeltaAdapter:
 
     def detach(self) -> None:
         self.model.final_layer = self.base
-        self.masters = Masters([])
+        self.masters, self.recorded, self.sampling = Masters([]), None, None

@@ -3,7 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 # (torch exports its multi-tensor and fused operations under private names alone)
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..adaptation import AdaptationSettings, Task
+from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.float8 import float8_everywhere
 from ..models.paths import method_path, records
-from ..models.stdit3 import STDiT3
+from ..models.stdit3 import Caption, STDiT3
+from ..recorded import Records
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
-from .recorded_loss import recorded_loss
+from .recorded_loss import RecordedLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,12 @@ class FullAdapter:
         self.masters = Masters(list(self.trained.values()), fused=method_path(model) != "plain")
         self.ways = {
             "optimizer": describe_steps(self.masters, settings),
-            "steps": "recorded" if records(model) else "launched",
+            "steps": "recorded" if records(model, "training") else "launched",
         }
         if float8_everywhere(model):
             self.ways["float8"] = "sampling alone, as every weight is trained"
+        self.recorded: RecordedLoss | None = None
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
 
@@ -61,7 +64,7 @@ class FullAdapter:
             self.masters,
             self.settings,
             lambda step: task.loss(task.draw(step)),
-            descend=recorded_loss(self.model, self.masters, task.draw, task.loss),
+            descend=self._descend(task),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=self.base,
@@ -70,6 +73,19 @@ class FullAdapter:
             on_step=on_step,
             trace=self.trace,
         )
+
+    def _descend(self, task: Task) -> Callable[[int], Tensor] | None:
+        """A step's loss and gradients, recorded; None where steps are launched one by one."""
+        if not records(self.model, "training"):
+            self.recorded = None
+            return None
+
+        def loss(t: Tensor, noise: Tensor, latents: Tensor, words: Tensor, *mask: Tensor) -> Tensor:
+            return task.of(latents, Caption(words, *mask)).loss(Draw(t, noise))
+
+        recorded = self.recorded = self.recorded or RecordedLoss(self.masters.parameters, loss, limit=1)
+        clip = task.latents, *task.prompt.tensors()
+        return lambda step: recorded(*task.draw(step), *clip)
 
     @torch.no_grad()
     def change(self) -> Change:
@@ -118,7 +134,8 @@ class FullAdapter:
         self.restore()
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
-        self.trained, self.base, self.masters = {}, [], Masters([])
+        self.trained, self.base, self.masters, self.recorded = {}, [], Masters([]), None
+        self.sampling = None
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:

@@ -8,26 +8,27 @@ With the last n layers only, everything before them is constant for a fixed draw
 # (torch exports its multi-tensor and fused operations under private names alone)
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Draw, Task
-from ..models.attention import TextStates
+from ..models.attention import TextStates, apart, joined
 from ..models.float8 import float8_everywhere
 from ..models.lora_linear import LoRALinear
 from ..models.paths import method_path, raise_if_strict, records
-from ..models.stdit3 import Embedded, STDiT3
+from ..models.stdit3 import Caption, Embedded, STDiT3
+from ..recorded import CAPTION_LENGTHS, Records
 from ..seeds import generator_for
 from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
-from .recorded_loss import recorded_loss
+from .recorded_loss import RecordedLoss
 
 Target = Literal[
     "attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
@@ -103,12 +104,17 @@ class LoRAAdapter:
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
         self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
         self.prefixed = settings.cache_prefix
-        apart = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
+        products = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
         self.ways = {
-            "steps": "recorded" if records(model) and not self.prefixed else "launched",
-            "lora": "one product" if self.extends else apart,
+            "steps": "recorded" if records(model, "training") else "launched",
+            **({"prefix": "recorded" if records(model, "features") else "launched"} if self.prefixed else {}),
+            "lora": "one product" if self.extends else products,
             "optimizer": describe_steps(self.masters, settings),
         }
+        self.trains_text = "cross_attn.kv_linear" in settings.targets
+        self.recorded_prefix: Records | None = None
+        self.recorded: RecordedLoss | None = None
+        self.sampling: Records | None = None
         self.fisher: Fisher | None = None
         self.trace = Trace()
         self.restore()
@@ -146,41 +152,70 @@ class LoRAAdapter:
         return (torch.rand(adapter.A.shape, generator=generator) * 2 - 1).mul(bound).to(adapter.A.device)
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
-        trains_text = "cross_attn.kv_linear" in self.settings.targets
+        # Keys and values of captions, once a clip where no step changes them.
         with torch.no_grad():
-            fixed_text = None if trains_text else task.captions()
-        prefixes: dict[int, Embedded] = {}
+            text = None if self.trains_text else task.captions()
+        clip = (task.latents, *(task.prompt.tensors() if text is None else joined(text)))
+        prefix, loss = self._computations(task)
+        prefixes: dict[int, list[Tensor]] = {}
 
-        def loss(step: int) -> Tensor:
-            draw = task.draw(step)
-            text: tuple[TextStates, TextStates] = fixed_text or task.captions()
-            if not self.prefixed:
-                return task.loss(draw, text)
-            assert task.settings.draws != "fresh"
-            k = step % task.settings.draws
-            if k not in prefixes:
-                with torch.no_grad():
-                    prefixes[k] = self.model.run_layers(task.embed(draw), *text, task.geometry, 0, self.cut)
-            return task.loss_from(prefixes[k], draw, self.cut, text)
-
-        def of_draw(draw: Draw) -> Tensor:
-            return task.loss(draw, fixed_text)
+        def of_step(step: int) -> Tensor:
+            draw, before = task.draw(step), []
+            if prefix:
+                assert task.settings.draws != "fresh"
+                k = step % task.settings.draws
+                if k not in prefixes:
+                    prefixes[k] = [tensor.clone() for tensor in prefix(*draw, *clip)]  # the next draw's may lie there
+                before = prefixes[k]
+            return loss(*draw, *before, *clip)
 
         self.trace = Trace()
         zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
-            loss,
-            descend=None if self.prefixed else recorded_loss(self.model, self.masters, task.draw, of_draw),
+            of_step,
+            descend=of_step if isinstance(loss, RecordedLoss) else None,
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],
             fisher=self.fisher,
-            held_out=lambda: task.held_out_loss(self.settings.held_out_draws, fixed_text),
+            held_out=lambda: task.held_out_loss(self.settings.held_out_draws, text),
             on_step=on_step,
             trace=self.trace,
         )
+
+    def _computations(self, task: Task) -> tuple[Callable[..., Any] | None, Callable[..., Tensor]]:
+        """What runs before the first adapted layer, where that is kept, and the loss from there on, as functions of a draw and a clip
+        alone: where they are recorded, this task's serve for every clip to come."""
+        layers = len(self.model.layers)
+        cut, kept = (self.cut, len(Embedded._fields)) if self.prefixed else (0, 0)
+
+        def given(latents: Tensor, text: Sequence[Tensor]) -> tuple[Task, tuple[TextStates, TextStates]]:
+            if not self.trains_text:
+                return task.of(latents), apart(text, layers)
+            other = task.of(latents, Caption(*text))
+            return other, other.captions()
+
+        @torch.no_grad()
+        def prefix(t: Tensor, noise: Tensor, latents: Tensor, *text: Tensor) -> Embedded:
+            other, states = given(latents, text)
+            return self.model.run_layers(other.embed(Draw(t, noise)), *states, task.geometry, 0, cut)
+
+        def loss(t: Tensor, noise: Tensor, *rest: Tensor) -> Tensor:
+            draw, before, (latents, *text) = Draw(t, noise), rest[:kept], rest[kept:]
+            other, states = given(latents, text)
+            return other.loss_from(Embedded(*before) if kept else other.embed(draw), draw, cut, states)
+
+        if self.prefixed and records(self.model, "features"):
+            self.recorded_prefix = self.recorded_prefix or Records(prefix, CAPTION_LENGTHS)
+        else:
+            self.recorded_prefix = None
+        if records(self.model, "training"):
+            self.recorded = self.recorded or RecordedLoss(self.masters.parameters, loss, CAPTION_LENGTHS)
+        else:
+            self.recorded = None
+        return (self.recorded_prefix or prefix) if self.prefixed else None, self.recorded or loss
 
     @torch.no_grad()
     def change(self) -> Change:
@@ -239,3 +274,4 @@ class LoRAAdapter:
         for parent, name, base in self._slots:
             setattr(parent, name, base)
         self._slots, self.adapters, self.start_A, self.masters = [], {}, [], Masters([])
+        self.recorded_prefix = self.recorded = self.sampling = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
+from ..recorded import Records
 from .optimize import Trace
 from .protocol import Change, OnStep
 
@@ -52,6 +53,7 @@ class NoAdapter:
     def __init__(self, sampling_steps: int | None = None) -> None:
         self.ways: dict[str, str] = {}
         self.sampling_steps = sampling_steps
+        self.sampling: Records | None = None
         self.trace = Trace()
 
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
@@ -77,4 +79,4 @@ class NoAdapter:
         pass
 
     def detach(self) -> None:
-        pass
+        self.sampling = None

@@ -14,7 +14,6 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from ..recorded import Recorded
 from .parts import BestStep, Fisher, Parts, Penalties
 
 
@@ -76,7 +75,7 @@ class Masters:
 
     A float32 parameter is its own master. `publish` sets the network's weights from the masters, and what is computed from
     those (on_publish); `reset` takes the masters back to given values. fused: take steps by FusedAdamW, a few parameters
-    at a time, without float32 gradients of all of them. record: of the last clip's steps, where these are recorded.
+    at a time, without float32 gradients of all of them.
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Masters:
         self.parameters = list(parameters)
         self.on_publish = on_publish
         self.fused = fused
-        self.record: Recorded | None = None
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
 
     def take_gradients(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Task
 from ..models.stdit3 import STDiT3
+from ..recorded import Records
 from .optimize import Masters, Trace
 from .parts import Fisher
 
@@ -57,6 +58,9 @@ class Adapter(Protocol):
     """What the running or last `adapt` has done so far."""
     ways: dict[str, str]
     """How it computes what is its own, in words, by part; where that is not the fastest way, why. For the record."""
+
+    sampling: Records | None
+    """Of the sampler's steps with this adapter in the network, where they are recorded; None at first and when detached."""
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,7 @@ points right, 1 down. Estimators differ by more than methods do, so a measure's 
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..environment import usable_cpus
 from ..fetch import HUB_FILES, torch_hub_file, verify_hub_file
 from ..models.checkpoint import load_strict, open_state
 from ..opencv import import_cv2
@@ -29,16 +31,19 @@ RAFT_BATCH = 4  # pairs a pass, to bound memory
 def farneback(video_CFHW: Tensor) -> Tensor:
     """Polynomial expansion on 8-bit grey, through OpenCV on the CPU; [F-1, 2, H, W] on the video's device.
 
-    Pyramid of 3 levels halved each, window 15, 3 iterations, polynomials over 5 pixels with sigma 1.1. Source: Farneback,
-    "Two-frame motion estimation based on polynomial expansion", SCIA 2003. Raises UserError where cv2 is missing.
+    Pyramid of 3 levels halved each, window 15, 3 iterations, polynomials over 5 pixels with sigma 1.1. Pairs of frames are
+    estimated beside each other, on as many threads as this process may use processors. Source: Farneback, "Two-frame motion
+    estimation based on polynomial expansion", SCIA 2003. Raises UserError where cv2 is missing.
     """
     cv2 = import_cv2("optical flow")
     luma = torch.tensor(LUMA, dtype=torch.float64, device=video_CFHW.device)
     grey_FHW = (torch.einsum("c,cfhw->fhw", luma, unit_range(video_CFHW)) * 255).round().to(torch.uint8).cpu().numpy()
-    flows = [
-        cv2.calcOpticalFlowFarneback(one, two, None, 0.5, 3, 15, 3, 5, 1.1, 0)
-        for one, two in itertools.pairwise(grey_FHW)
-    ]
+    # OpenCV gives up Python's lock while it computes.
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        flows = pool.map(
+            lambda pair: cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.1, 0),
+            itertools.pairwise(grey_FHW),
+        )
     return torch.stack([torch.from_numpy(flow_HW2) for flow_HW2 in flows]).permute(0, 3, 1, 2).to(video_CFHW.device)
 
 

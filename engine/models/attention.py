@@ -3,6 +3,7 @@
 Which implementation of attention runs is PyTorch's choice, or that of `Backends` (paths.py makes them from measurements).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,6 +175,22 @@ class LayerText(NamedTuple):
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+
+
+def joined(texts: Sequence[TextStates]) -> list[Tensor]:
+    """The tensors of two captions' states, for `apart`."""
+    masks = [text.mask for text in texts if text.mask is not None]
+    return [*(tensor for text in texts for tensor in (*text.keys, *text.values)), *masks]
+
+
+def apart(tensors: Sequence[Tensor], layers: int) -> tuple[TextStates, TextStates]:
+    """The two captions' states that `joined` was given, of a network of so many layers."""
+    masks = tensors[4 * layers :] or (None, None)
+    first, second = (
+        TextStates(tuple(tensors[start : start + layers]), tuple(tensors[start + layers : start + 2 * layers]), mask)
+        for start, mask in zip((0, 2 * layers), masks, strict=True)
+    )
+    return first, second
 
 
 class CrossAttention(nn.Module):

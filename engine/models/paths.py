@@ -137,9 +137,10 @@ def method_path(model: STDiT3) -> MethodPath:
     return "plain" if model.paths is None else model.paths.methods
 
 
-def records(model: STDiT3) -> bool:
-    """Whether a clip's steps are recorded on a network: on a card, where a fast path trains it and keeps its activations."""
-    paths = model.paths.training if isinstance(model.paths, PathsByWork) else model.paths
+def records(model: STDiT3, work: Literal["training", "features", "sampling"]) -> bool:
+    """Whether a kind of work is recorded on a network: on a card, where a fast path computes it and keeps the activations of
+    training."""
+    paths = getattr(model.paths, work) if isinstance(model.paths, PathsByWork) else model.paths
     return paths is not None and paths.recorded and not model.recompute and model.device.type == "cuda"
 
 

@@ -201,6 +201,10 @@ class Caption:
     def to(self, device: torch.device) -> "Caption":
         return Caption(self.embedding.to(device), None if self.mask is None else self.mask.to(device))
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of, so that `Caption(*tensors)` is the same."""
+        return (self.embedding,) if self.mask is None else (self.embedding, self.mask)
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -22,7 +22,7 @@ from .progress import Progress
 from .sampling import Candidate, in_order
 from .settings import Kind, Settings
 from .sources import Reject, Source, open_source
-from .workers import Job, end_workers, executor, usable_cpus, work
+from .workers import Job, end_workers, executor, usual_workers, work
 
 MANIFEST = [
     *("path", "id", "caption", "start", "class", "group", "split1", "split2", "split3"),
@@ -62,7 +62,7 @@ def prepare(
                 progress.say(f"warning: begun with {begun_with}, now {versions}; other versions may give other bits")
             try:
                 chosen = _choose_and_convert(
-                    found, out, settings, workers or usable_cpus(), states, stop.check, progress
+                    found, out, settings, workers or usual_workers(), states, stop.check, progress
                 )
             except Interrupted as error:
                 where = f"after {progress.done} of {progress.total} clips"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..environment import usable_cpus
 from .settings import Settings
 
 
@@ -44,9 +45,9 @@ def end_workers() -> None:
         process.terminate()
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use (a job's share, not the machine's), at most 16: each worker takes 0.4 GB."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def usual_workers() -> int:
+    """As many as processors, at most 16: each worker takes 0.4 GB."""
+    return min(16, usable_cpus())
 
 
 class _Here(Executor):

@@ -342,7 +342,8 @@ def test_the_kernels_run_a_recipe(lab, plain, plain_vae, capsys):
     results = lab.results("triton")
     assert results["lora/ball"]["paths"]["training"] == "triton"
     assert results["delta/ball"]["adaptation"]["ways"] == {
-        "fit on cached features": "Triton kernels, all steps on the device"
+        "features": "launched",
+        "fit on cached features": "Triton kernels, all steps on the device",
     }
     assert len(results["delta/ball"]["adaptation"]["losses"]) == 3
     for arm in ("baseline", "lora"):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from vidtta.engine import choices as choices_module
+from vidtta.engine import recorded
 from vidtta.engine.clip import continue_clip
 from vidtta.engine.errors import UserError
 from vidtta.engine.methods import AnyMethod, Delta, FullFineTuning, LoRA, NoAdaptation
@@ -31,6 +32,7 @@ from vidtta.kernels.common import INTERPRETED
 from vidtta.kernels.quantize_rows import quantize_rows_reference
 
 from .test_paths import velocities
+from .test_recorded_loss import StandIn
 from .tiny import noise, tiny_dit, tiny_experiment, tiny_known, tiny_task
 from .tiny_run import DELTA, FULL, one_sentence, tiny_lab
 
@@ -271,6 +273,37 @@ def test_each_branch_of_guidance_has_the_copies_of_its_weights():
         found.append(continue_clip(replace(experiment, dit=dit), known, adapter).latents)
         adapter.detach()
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+class Replayed(StandIn):
+    """A graph's replay runs no Python, so it brings no copy up to its weight."""
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(float8_module.Copy, "refresh", lambda self, weight: False)
+            return super().__call__(*inputs)
+
+
+@pytest.mark.parametrize("branches", ["all", "conditional"])
+def test_recorded_sampling_has_fresh_copies_too(branches: Any, monkeypatch: pytest.MonkeyPatch):
+    """Records outlive a clip, and each clip's weights are others."""
+    found: dict[bool, list[Tensor]] = {}
+    for recorded_too in (False, True):
+        if recorded_too:
+            StandIn.made = []
+            monkeypatch.setattr(recorded, "Recorded", Replayed)
+            monkeypatch.setattr("vidtta.engine.clip.records", lambda model, work: True)
+        experiment = tiny_experiment()
+        experiment = replace(experiment, adaptation=replace(experiment.adaptation, adapted_branches=branches))
+        use_float8(experiment.dit, "sampling", KNOWN_TOKENS)
+        adapter = FullFineTuning(steps=2, lr=1e-2).attach(experiment.dit, 0)
+        clips = [tiny_known(experiment, name) for name in ("a", "b", "a")]
+        found[recorded_too] = [continue_clip(experiment, known, adapter).latents for known in clips]
+        assert bool(adapter.sampling) == recorded_too
+        adapter.detach()
+    assert StandIn.made
+    assert all(torch.equal(*pair) for pair in zip(found[False], found[True], strict=True))
+    assert torch.equal(found[True][0], found[True][2]) and not torch.equal(found[True][0], found[True][1])
 
 
 def reference_gradients(layer: LoRALinear, x: Tensor, dy: Tensor) -> list[Tensor]:

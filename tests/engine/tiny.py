@@ -68,8 +68,8 @@ def tiny_task(
     """A task on 7 known latent frames; noise levels are those of 49 frames of 480 x 640."""
     return Task(
         model,
-        tiny_latents(model.dtype) if latents is None else latents,
-        tiny_caption(),
+        tiny_latents(model.dtype).to(model.device) if latents is None else latents,
+        tiny_caption().to(model.device),
         settings,
         recipe_seed=recipe_seed,
         clip_id=clip_id,

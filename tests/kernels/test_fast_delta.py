@@ -8,12 +8,13 @@ from vidtta.engine.methods.parts import L2ToStart
 from vidtta.engine.models.paths import Paths, use_paths
 
 from tests.engine.tiny import tiny_dit, tiny_latents, tiny_task
+from tests.kernels.accuracy import DEVICE
 
 SITES: list[Site] = ["pre", "mid", "post"]
 
 
 def adapted(site: Site, fast: bool, latents: Tensor, **settings) -> tuple[Tensor, list[float], list[float]]:
-    model = tiny_dit()
+    model = tiny_dit().to(DEVICE)
     if fast:
         use_paths(model, Paths())
     adapter = Delta(steps=8, site=site, **settings).attach(model, 0)
@@ -27,7 +28,7 @@ def adapted(site: Site, fast: bool, latents: Tensor, **settings) -> tuple[Tensor
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 def test_the_same_steps(site: Site, odd: bool):
-    latents = tiny_latents()[..., : 5 if odd else 6]  # an odd side: outputs that do not count
+    latents = tiny_latents()[..., : 5 if odd else 6].to(DEVICE)  # an odd side: outputs that do not count
     settings = {"ranges": 2, "ridge": 0.1, "gradient_clip": 0.01, "weight_decay": 0.1}
     rates = {"schedule": "cosine", "warmup": 3}
     for kwargs in ({}, settings, rates):
@@ -38,9 +39,9 @@ def test_the_same_steps(site: Site, odd: bool):
 
 def test_after_each_step_its_delta_is_in_force_and_the_trace_as_long():
     """What snapshots and diagnostics look at; a run stopped there has the plain method's delta."""
-    latents, found = tiny_latents(), []
+    latents, found = tiny_latents().to(DEVICE), []
     for fast in (False, True):
-        model = tiny_dit()
+        model = tiny_dit().to(DEVICE)
         if fast:
             use_paths(model, Paths())
         adapter = Delta(steps=4).attach(model, 0)

@@ -11,7 +11,7 @@ from vidtta.kernels.gate_residual import (
 )
 from vidtta.kernels.windows import Grid
 
-from tests.kernels.accuracy import check, every_dtype, every_mode, rand
+from tests.kernels.accuracy import DEVICE, check, every_dtype, every_mode, rand
 
 SCALE = 0.75
 # samples, grid, width: one number; odd, with windows that do not divide, past one block of rows; the model's width.
@@ -61,13 +61,14 @@ def test_projection_with_addition(case, K, rank, windowed, dtype, mode):
         rand(B, 1, D, dtype=dtype, seed=6),
     ]
     douts = [rand(B, grid.tokens, D, dtype=dtype, seed=7)]
-    check(ours, reference, inputs, trained=[0, 1, 2, 3, 4], douts=douts, mode=mode)
+    check(ours, reference, inputs, trained=[0, 1, 2, 3, 4], douts=douts, mode=mode, terms=max(D, K))
 
 
 def test_a_frozen_gate_keeps_nothing_of_the_branch():
     x, h, gate = rand(1, 4, 8), rand(1, 4, 8).requires_grad_(), rand(1, 1, 8)
-    assert gate_residual(x, h, gate).grad_fn.saved_tensors[0] is None  # type: ignore[union-attr]
-    assert gate_residual(x, h, gate.requires_grad_()).grad_fn.saved_tensors[0] is not None  # type: ignore[union-attr]
+    frozen, trained = gate_residual(x, h, gate), gate_residual(x, h, gate.clone().requires_grad_())
+    assert frozen.grad_fn.saved_tensors[0] is None  # type: ignore[union-attr]
+    assert trained.grad_fn.saved_tensors[0] is not None  # type: ignore[union-attr]
 
 
 def test_a_closed_gate_is_the_residual_bit_for_bit():
@@ -87,6 +88,6 @@ def test_a_closed_gate_is_the_residual_bit_for_bit():
 )
 def test_wrong_shapes_are_named(change, windows, message):
     shapes = {0: (1, 6, 16), 1: (1, 6, 8), 2: (16, 8), 3: (16,), 4: (2, 8), 5: (16, 2), 7: (1, 1, 16)} | change
-    t = {i: torch.zeros(shape) for i, shape in shapes.items()}
+    t = {i: torch.zeros(shape, device=DEVICE) for i, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         lora_gate_residual(t[0], t[1], t[2], t[3], t[4], t[5], 1.0, t[7], windows)

@@ -17,12 +17,25 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
     return [rand(B, N, D, dtype=dtype) * 2 + 3, rand(B, 1, D, dtype=dtype, seed=1), rand(B, 1, D, dtype=dtype, seed=2)]
 
 
+def slack(width: int) -> dict[str, float]:
+    """Of one number nothing is left but what was rounded, times the inverse of the root of eps."""
+    return {"terms": width, "largest": 1e3 if width == 1 else 0.0}
+
+
 @every_mode
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_norm_and_modulation(shape, dtype, mode):
     douts = [rand(*shape, dtype=dtype, seed=3)]
-    check(norm_modulate, norm_modulate_reference, inputs(shape, dtype), trained=[0, 1, 2], douts=douts, mode=mode)
+    check(
+        norm_modulate,
+        norm_modulate_reference,
+        inputs(shape, dtype),
+        trained=[0, 1, 2],
+        douts=douts,
+        mode=mode,
+        **slack(shape[2]),
+    )
 
 
 @every_mode
@@ -41,6 +54,7 @@ def test_with_down_projection(shape, rank, dtype, mode):
         trained=[0, 1, 2, 3],
         douts=[dout],
         mode=mode,
+        **slack(D),
     )
 
 

@@ -11,7 +11,7 @@ from vidtta.kernels.norm_silu_pad import (
     upsample_pad_reference,
 )
 
-from tests.kernels.accuracy import DEVICE, assert_as_accurate, every_dtype, every_mode, rand
+from tests.kernels.accuracy import DEVICE, assert_as_accurate, compiled, every_dtype, every_mode, rand
 
 # B, C, T, H, W and groups: one pixel (torch wants two channels a group then); odd sizes, two samples, channels that are no
 # power of two; a real width.
@@ -25,7 +25,7 @@ def channels_last(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def compare(ours, reference, inputs: list[Tensor], mode: str) -> None:
     before = [t.clone() for t in inputs]
-    function = ours if mode == "eager" else torch.compile(ours, fullgraph=True)
+    function = ours if mode == "eager" else compiled(ours)
     with torch.no_grad():
         actual = function(*inputs)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was overwritten"
@@ -65,7 +65,7 @@ def test_with_the_upsampled_skip(dtype, mode):
 @pytest.mark.parametrize(("time", "front"), [(1, 0), (2, 2)])
 def test_upsample_and_pad_move_bits(time, front, dtype, mode):
     x = channels_last(2, 5, 3, 4, 7, dtype=dtype)
-    function = upsample_pad if mode == "eager" else torch.compile(upsample_pad, fullgraph=True)
+    function = upsample_pad if mode == "eager" else compiled(upsample_pad)
     assert torch.equal(function(x, time, front), upsample_pad_reference(x, time, front))
 
 
