@@ -28,7 +28,7 @@ from vidtta.kernels.quantize_rows import (
     quantize_rows_reference,
 )
 
-from tests.kernels.accuracy import DEVICE, MODES, assert_as_accurate, every_dtype, every_mode, rand
+from tests.kernels.accuracy import DEVICE, MODES, assert_as_accurate, compiled, every_dtype, every_mode, rand
 
 # One number; one row; odd sides past one block of rows; the model's widths with a row count that no block divides.
 SHAPES = [(1, 1), (1, 48), (3, 5, 37), (33, 1152), (5, 4608)]
@@ -79,7 +79,7 @@ def test_every_number_lies_within_half_a_step_of_the_truth(shape, dtype, mode):
         dtype
     )
     kept = x.clone()
-    function = quantize_rows if mode == "eager" else torch.compile(quantize_rows, fullgraph=True)
+    function = quantize_rows if mode == "eager" else compiled(quantize_rows)
     values, scales = function(x)
     assert torch.equal(x, kept) and values.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
     truth = x.double()
@@ -176,7 +176,7 @@ def layer(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
 def test_the_product_is_that_of_the_dequantised_rows(shape, dtype, gelu, mode):
     """Held against float64 on the same rounded numbers; the yardstick is a product of these in x's own dtype."""
     x, values, scales, bias, weight = layer(shape, dtype)
-    function = float8_linear if mode == "eager" else torch.compile(float8_linear, fullgraph=True)
+    function = float8_linear if mode == "eager" else compiled(float8_linear)
     with torch.no_grad():
         found = function(x, values, scales, bias, weight, gelu)
     rows, wide = dequantized(*quantize_rows_reference(x, gelu)), dequantized(values, scales)[: shape[2], : shape[1]]
@@ -217,7 +217,7 @@ def test_how_far_float8_is_from_the_unrounded_layer(shape):
 def test_the_gradient_of_x_is_that_of_the_unrounded_layer(dtype, mode):
     x, values, scales, bias, weight = layer((9, 48, 144), dtype)
     dy = rand(9, 144, dtype=dtype, seed=3)
-    function = float8_linear if mode == "eager" else torch.compile(float8_linear, fullgraph=True)
+    function = float8_linear if mode == "eager" else compiled(float8_linear)
     leaf = x.clone().requires_grad_()
     (found,) = torch.autograd.grad(function(leaf, values, scales, bias, weight), leaf, dy)
     assert_as_accurate(found, dy.double() @ weight.double(), dy @ weight)
