@@ -5,10 +5,11 @@ Run: python -m vidtta.bench.methods --out FILE.json --minutes 9 [--paths fused] 
      python -m vidtta.bench.methods --list
 
 Weights and frames are random: cost, never quality. Arms, sampler, window and adaptation are those of recipes/08_method_comparison.yaml
-(another with `--recipe`). Each arm adapts twice: first with two steps of sampling, so that what happens once a process (allocator,
-handles, compiling) is in no figure but `first_seconds`. A row: encode, adapt, sample, decode and total (with restoring) in seconds, peak
-memory of adapting and of the whole clip in GiB; afterwards the network is bit for bit as before, or the row says that it is not. Rows are
-printed and written as they are done; an arm for which no time is left is named under `skipped`, and an arm that fails has its reason.
+(another with `--recipe`). Each arm makes three clips: the first two with two steps of sampling, so that what happens once a process or
+once an arm (allocator, handles, compiling, recording) is in no figure but `first_seconds`. A row: encode, adapt, sample, decode and
+total (with restoring) in seconds, peak memory of adapting and of the whole clip in GiB; afterwards the network is bit for bit as
+before, or the row says that it is not. Rows are printed and written as they are done; an arm for which no time is left is named under
+`skipped`, and an arm that fails has its reason.
 """
 
 import argparse
@@ -120,9 +121,7 @@ def measure(experiment: Experiment, known: Known, other: Known, case: Case, enco
         return outcome, seconds["total"]
 
     try:
-        first = 0.0
-        if adapter.steps:
-            _, first = run(shortened(experiment))
+        first = sum(run(shortened(experiment))[1] for _ in range(2))
         outcome, total = run(experiment)
     finally:
         adapter.detach()

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..engine.adaptation import AdaptationSettings
 from ..engine.clip import encode_known, sample_continuation, task_of
-from ..engine.denoiser import Denoiser
+from ..engine.denoiser import Denoiser, velocities_of
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
 from ..engine.models.float8 import use_float8
-from ..engine.models.paths import use_paths
+from ..engine.models.paths import records, use_paths
 from ..engine.models.stdit3 import Condition
 from ..engine.models.vae_fast import use_channels_last, use_plain
+from ..engine.recorded import CAPTION_LENGTHS, Records
 from ..kernels.attention import Shape, choose, measure, self_attention_shapes
 from . import work
 from .step_scene import FLOAT8, Scene, describe, describe_path
@@ -107,8 +108,9 @@ def denoiser_of(scene: Scene, length: int) -> Denoiser:
     given = torch.zeros(1, C, T, h, w, dtype=scene.known.latents.dtype, device=scene.device)
     mask = torch.zeros_like(given)
     given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
-    geometry = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K)))
-    return Denoiser(dit, geometry, scene.experiment.window.fps, scene.caption(length), Condition(given, mask))
+    geometry, fps = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K))), scene.experiment.window.fps
+    recorded = Records(velocities_of(dit, geometry, fps), CAPTION_LENGTHS) if records(dit, "sampling") else None
+    return Denoiser(dit, geometry, fps, scene.caption(length), Condition(given, mask), records=recorded)
 
 
 def compared(scene: Scene, kind: str, found: Tensor) -> Row:
@@ -303,7 +305,8 @@ def vae_work(scene: Scene, what: str) -> work.Work:
 
 
 def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
-    """A clip's phases after one another: encode, 20 LoRA steps, 30 sampling steps, decode, restore. The first is a warm-up."""
+    """A clip's phases after one another: encode, 20 LoRA steps, 30 sampling steps, decode, restore. Two clips
+    before it warm up: the first launches and compiles, the second records."""
 
     def run(scene: Scene) -> Row:
         experiment, seconds = scene.experiment, {}
@@ -311,7 +314,7 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
         with on(scene, path), channels(scene, order):
             adapter: Adapter = method.attach(experiment.dit, 0)
             try:
-                for short in (True, False):
+                for short in (True, True, False):
                     one = replace(experiment, sampler=replace(experiment.sampler, steps=2, force_steps=0))
                     run_one = one if short else experiment
                     scene.watch.reset_peak()
@@ -366,6 +369,7 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),
+    "clip lora fused, not compiled": whole("fused, not compiled", "last triton", adapted=True),
     "sample3 fused, float8": sampling(f"fused{FLOAT8}", 3),
     "sample1 fused, float8": sampling(f"fused{FLOAT8}", 1),
     "sample3 fused, not compiled, float8": sampling(f"fused, not compiled{FLOAT8}", 3),
@@ -381,6 +385,7 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "lora fused, launched": training(LORA, "fused, launched"),
     "full fused, launched": training(FULL, "fused, launched"),
     "full fused, not compiled": training(FULL, "fused, not compiled"),
+    "sample1 fused, launched": sampling("fused, launched", 1),
     "delta features fused": delta_features("fused"),
     "sample3 fused - gelu": sampling("fused - gelu", 3),
     "sample3 fused - attention": sampling("fused - attention", 3),
