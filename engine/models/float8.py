@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 LINEARS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
 CAPABILITY = (8, 9)  # of the first cards with float8 products
-FARTHEST = (
-    0.02  # relative, of a product on this card from the reference's: half a step of bfloat16 and what sums differ by
-)
+FARTHEST = 0.02  # relative, of a product on this card from the reference's: half a step of bfloat16, and other sums
 
 Where = Literal["sampling", "all"]
 
