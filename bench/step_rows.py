@@ -12,16 +12,18 @@ from torch import Tensor
 from ..engine.adaptation import AdaptationSettings
 from ..engine.clip import encode_known, sample_continuation, task_of
 from ..engine.denoiser import Denoiser, velocities_of
+from ..engine.feature_cache import FeatureCache
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
+from ..engine.models.float8 import use_float8
 from ..engine.models.paths import records, use_paths
 from ..engine.models.stdit3 import Condition
 from ..engine.models.vae_fast import use_channels_last, use_plain
 from ..engine.recorded import CAPTION_LENGTHS, Records
 from ..kernels.attention import Shape, choose, measure, self_attention_shapes
 from . import work
-from .step_scene import Scene, describe_path
+from .step_scene import FLOAT8, Scene, describe, describe_path
 
 Row = dict[str, Any]
 FARTHEST = 0.05  # of a result from the eager path's, relative; beyond it a row has no time
@@ -32,10 +34,12 @@ FIXED = AdaptationSettings(timesteps="sampler", draws=8)
 def on(scene: Scene, name: str) -> Iterator[None]:
     """Compute the layers by a named path for a while; graphs of the path before are forgotten, so they cost no memory."""
     use_paths(scene.experiment.dit, scene.paths(name))
+    use_float8(scene.experiment.dit, "all" if name.endswith(FLOAT8) else None)
     try:
         yield
     finally:
         use_paths(scene.experiment.dit, None)
+        use_float8(scene.experiment.dit, None)
 
 
 @contextmanager
@@ -73,8 +77,8 @@ def attention(scene: Scene) -> Row:
     return {"backends": rows}
 
 
-def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
-    """One evaluation of the guidance branches: a sampling step."""
+def sampling(path: str, branches: int, reused: bool = False) -> Callable[[Scene], Row]:
+    """One evaluation of the guidance branches: a sampling step. reused: one at which the feature cache serves."""
 
     def run(scene: Scene) -> Row:
         _, C, _, h, w = scene.known.latents.shape
@@ -82,12 +86,19 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
         z = torch.randn(1, C, T, h, w, generator=torch.Generator().manual_seed(2)).to(scene.device)
         t = torch.tensor(600.0, device=scene.device)
         with on(scene, path), torch.no_grad():
-            step = denoiser_of(scene, scene.length)
+            layers, cache = len(scene.experiment.dit.layers), None
+            config, size = scene.experiment.dit.config, scene.size
+            if reused:  # one pair of layers at each step; the first call computes what all later ones reuse
+                first = min(2, layers - 1)
+                cache = FeatureCache(every=2**31, first=first, layers=layers)
+                config = replace(config, depth=(first + 1) // 2)
+            step = denoiser_of(scene, scene.length, cache)
+            if reused:
+                step(z, t, all_branches=branches == 3)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
             row |= compared(scene, f"sampling {branches}", torch.cat(found))
-            config, size = scene.experiment.dit.config, scene.size
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
-            row["path"] = describe_path(scene.paths(path))
+            row["path"] = describe(scene, path)
             before = scene.watch.graphs()
             if path != "eager":
                 for length in scene.lengths:
@@ -98,7 +109,7 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
     return run
 
 
-def denoiser_of(scene: Scene, length: int) -> Denoiser:
+def denoiser_of(scene: Scene, length: int, cache: FeatureCache | None = None) -> Denoiser:
     """The network of the scene's clip with a caption of this length, its known latents given."""
     _, C, K, h, w = scene.known.latents.shape
     T, dit = scene.experiment.window.latent_frames, scene.experiment.dit
@@ -106,8 +117,10 @@ def denoiser_of(scene: Scene, length: int) -> Denoiser:
     mask = torch.zeros_like(given)
     given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
     geometry, fps = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K))), scene.experiment.window.fps
-    recorded = Records(velocities_of(dit, geometry, fps), CAPTION_LENGTHS) if records(dit, "sampling") else None
-    return Denoiser(dit, geometry, fps, scene.caption(length), Condition(given, mask), records=recorded)
+    recorded = (
+        Records(velocities_of(dit, geometry, fps), CAPTION_LENGTHS) if not cache and records(dit, "sampling") else None
+    )
+    return Denoiser(dit, geometry, fps, scene.caption(length), Condition(given, mask), records=recorded, cache=cache)
 
 
 def compared(scene: Scene, kind: str, found: Tensor) -> Row:
@@ -145,7 +158,7 @@ def training(
                 row |= {"losses": [trace.losses[0], trace.losses[-1]], "trained": adapter.change().trained}
                 row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses))
                 row |= scene.rates(row["ms"], step_work(scene, method, row["trained"]))
-                row["path"] = describe_path(scene.paths(path))
+                row["path"] = describe(scene, path)
                 if path != "eager":
                     before = scene.watch.graphs()
                     for length in scene.lengths:
@@ -164,6 +177,24 @@ def training(
         return row
 
     return run
+
+
+def float8_weights(scene: Scene) -> Row:
+    """Quantising every weight anew, as after full fine-tuning, once a clip."""
+    dit = scene.experiment.dit
+    with on(scene, f"fused{FLOAT8}"):
+        copies = dit.float8
+        assert copies is not None
+
+        def refresh() -> int:
+            for _, copy in copies.pairs():
+                copy.version = (0, 0)  # no weight's
+            return copies.refresh()
+
+        row, count = scene.watch.measure(refresh)
+        numbers = sum(linear.weight.numel() for linear, _ in copies.pairs())
+        row |= scene.rates(row["ms"], work.Work((scene.size + 1) * numbers, 0))
+        return row | {"weights": count, "float8_gib": copies.bytes / 2**30, "path": "quantize_rows, in place"}
 
 
 def step_work(scene: Scene, method: Method, trained: int) -> work.Work:
@@ -304,7 +335,7 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
                         adapter.adapt(task_of(run_one, known), lambda step, loss: None)
                     clock("adapt")
                     with torch.no_grad():
-                        latents, _ = sample_continuation(run_one, known, adapter, lambda *_: None)
+                        latents, *_ = sample_continuation(run_one, known, adapter, lambda *_: None)
                         clock("sample")
                         pixels = run_one.vae.decode(latents, run_one.window.generated)
                     clock("decode")
@@ -345,10 +376,18 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "delta closed": delta_steps("mid closed", fast=False),
     "sample1 eager": sampling("eager", 1),
     "sample1 fused": sampling("fused", 1),
+    "sample3 fused, reused": sampling("fused", 3, reused=True),
+    "sample1 fused, reused": sampling("fused", 1, reused=True),
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),
     "clip lora fused, not compiled": whole("fused, not compiled", "last triton", adapted=True),
+    "sample3 fused, float8": sampling(f"fused{FLOAT8}", 3),
+    "sample1 fused, float8": sampling(f"fused{FLOAT8}", 1),
+    "sample3 fused, not compiled, float8": sampling(f"fused, not compiled{FLOAT8}", 3),
+    "lora fused, float8": training(LORA, f"fused{FLOAT8}"),
+    "lora fused, not compiled, float8": training(LORA, f"fused, not compiled{FLOAT8}"),
+    "float8 weights": float8_weights,
     "sample3 compiled": sampling("compiled", 3),
     "sample3 compiled + attention": sampling("compiled + attention", 3),
     "lora compiled": training(LORA, "compiled"),
@@ -359,6 +398,9 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full fused, launched": training(FULL, "fused, launched"),
     "full fused, not compiled": training(FULL, "fused, not compiled"),
     "sample1 fused, launched": sampling("fused, launched", 1),
+    "lora fused, rotation again": training(LORA, "fused, rotation again"),
+    "lora fused, both again": training(LORA, "fused, rotation and hidden again"),
+    "full fused, rotation again": training(FULL, "fused, rotation again"),
     "delta features fused": delta_features("fused"),
     "sample3 fused - gelu": sampling("fused - gelu", 3),
     "sample3 fused - attention": sampling("fused - attention", 3),

@@ -97,7 +97,9 @@ def record(
         "adaptation": describe(outcome),
         **({"gate": decision.describe()} if decision else {}),
     }
-    cost = {"peak_memory_bytes": outcome.peak_memory_bytes, **outcome.compiled}
+    cost: dict[str, Any] = {"peak_memory_bytes": outcome.peak_memory_bytes, **outcome.compiled}
+    if outcome.layers:
+        cost["layers"] = outcome.layers
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)
     files, found_curves = kept(session, shown.frames, outcome), curves and curves.found

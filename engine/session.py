@@ -137,14 +137,20 @@ class Session:
                 "window": asdict(r.window),
                 "size": [r.data.height, r.data.width],
                 "prompt": asdict(r.prompt),
-                "sampler": asdict(r.sampler),
+                "sampler": r.sampler.shaping_videos(),
                 "text": self.text_key,
                 "dtype": r.model.dtype,
                 "device": self.models.dit.device.type,
                 "weights": self.models.hashes,
                 **({"paths": paths} if paths else {}),
+                **self._float8,
             }
         )
+
+    @property
+    def _float8(self) -> dict[str, str]:
+        """Where linear layers compute in float8; nothing where none do, so results from before the key stay valid."""
+        return {} if self.recipe.model.float8 == "none" else {"float8": self.recipe.model.float8}
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
@@ -343,6 +349,7 @@ class Session:
 
     def describe_paths(self) -> dict[str, Any]:
         """Which code paths compute this run's results."""
+        s = self.recipe.sampler
         return {
             "device": device_name(self.models.dit.device),
             "dtype": self.recipe.model.dtype,
@@ -351,7 +358,13 @@ class Session:
             "vidtta": describe_code(),
             "torch": torch.__version__,
             **self.choices.to_json(),
+            **self._float8,
             "posterior": self.recipe.window.posterior,
+            **(
+                {"feature_cache": f"every {s.cache_every} steps after {s.cache_first} layers"}
+                if s.cache_every > 1
+                else {}
+            ),
         }
 
 

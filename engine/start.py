@@ -12,6 +12,7 @@ from .continual import share_stretches
 from .errors import UserError
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
+from .models.float8 import put_float8_in_force
 from .models.load import load_models
 from .rundir import RunDirectory
 from .search import raise_unless_disjoint
@@ -46,6 +47,12 @@ def prepare(
     if recipe.scores.flow != "none":
         require_flow(recipe.scores.flow)
     models = load_models(recipe.model)
+    cached, layers = recipe.sampler.cache_every > 1, len(models.dit.layers)
+    if cached and recipe.sampler.cache_first >= layers:
+        raise UserError(
+            f"sampler.cache_first should be below the network's {layers} layers, was {recipe.sampler.cache_first}: none would be "
+            "cached; lower it, or set sampler.cache_every=1"
+        )
     lpips = LPIPS() if reason is None else None
     session = Session(
         recipe, RunDirectory(output), models, clips, chosen, lpips, reason, models.marks, tuple(warnings(recipe))
@@ -78,4 +85,5 @@ def _with_paths(session: Session, say: Callable[[str], None]) -> Session:
     tokens = recipe.window.known_latents * rows * cols
     strict = recipe.model.kernels == "triton"
     put_in_force(choices, experiment.dit, experiment.vae, features_tokens=tokens, strict=strict)
+    put_float8_in_force(experiment.dit, recipe.model, tokens)
     return replace(session, choices=choices)

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
+from ..models.float8 import float8_everywhere
 from ..models.lora_linear import LoRALinear
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
 from ..recorded import CAPTION_LENGTHS, Records
 from ..seeds import generator_for
-from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
+from .adamw import describe_steps
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
 from .recorded_loss import RecordedLoss
@@ -90,9 +92,10 @@ class LoRAAdapter:
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
         fast = method_path(model) != "plain"
-        self.extends = fast and settings.rank <= MAX_RANK
+        in_float8 = float8_everywhere(model)
+        self.extends = fast and settings.rank <= MAX_RANK and not in_float8
         why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
-        if fast and not self.extends:
+        if fast and not self.extends and not in_float8:
             raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -100,12 +103,14 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
+        trained = [p for a in self.adapters.values() for p in (a.A, a.B)]
+        self.masters = Masters(trained, self._refresh, path=method_path(model))
         self.prefixed = settings.cache_prefix
+        products = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
         self.ways = {
             "steps": "recorded" if records(model, "training") else "launched",
             **({"prefix": "recorded" if records(model, "features") else "launched"} if self.prefixed else {}),
-            "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
+            "lora": "one product" if self.extends else products,
             "optimizer": describe_steps(self.masters, settings),
         }
         self.trains_text = "cross_attn.kv_linear" in settings.targets

@@ -11,6 +11,7 @@ Axes: B samples, T latent frames, S tokens a frame, N = T * S, D hidden, L capti
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DEFAULT, Backends, CrossAttention, LayerText, SelfAttention, TextStates
+from .float8 import Float8, Linear, in_float8
 from .geometry import Geometry, build_geometry
 from .rope import Rope
 
@@ -115,14 +117,17 @@ class ScalarEmbed(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim_in: int, hidden: int, dim_out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim_in, hidden)
-        self.fc2 = nn.Linear(hidden, dim_out)
+        self.fc1 = Linear(dim_in, hidden)
+        self.fc2 = Linear(hidden, dim_out)
         self.first: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """Product and activation in one, of x, weight and bias; serves where nothing is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.first is not None and isinstance(self.fc1, nn.Linear) and not torch.is_grad_enabled():
-            return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
+        if not torch.is_grad_enabled():
+            if in_float8(self.fc2, x):
+                return self.fc2.product(self.fc1(x), gelu=True)
+            if self.first is not None and isinstance(self.fc1, nn.Linear) and not in_float8(self.fc1, x):
+                return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -219,6 +224,10 @@ class Embedded(NamedTuple):
     timestep: Tensor
 
 
+Through = Callable[[Embedded, Callable[..., Embedded]], Embedded]
+"""through(state, layers) gives the state after all layers; layers(state, start=, stop=) runs some of them."""
+
+
 class STDiT3(nn.Module):
     """The network. `forward` is `embed`, `run_layers`, `head`; they can be called apart to cache what does not change."""
 
@@ -239,6 +248,8 @@ class STDiT3(nn.Module):
         self.final_layer = FinalLayer(dim, 2 * channels)
         self.paths: AnyPaths | None = None
         """How the layers are computed; None is the plain path (paths.py)."""
+        self.float8: Float8 | None = None
+        """The copies of weights that compute in float8 (float8.py); None where none do."""
         self.recompute = False
         """Whether a layer's activations are computed again for the backward pass, not kept (recompute.py)."""
 
@@ -317,6 +328,8 @@ class STDiT3(nn.Module):
     ) -> Embedded:
         """The state after layers start .. stop - 1 (all by default)."""
         tokens = state.tokens
+        if self.float8 is not None:
+            self.float8.refresh(tokens.shape[:-1].numel())
         run = Layer.__call__ if self.paths is None else self.paths.prepare(self, tokens, (text, known_text), geometry)
         for index, layer in list(enumerate(self.layers))[start:stop]:
             known = None if known_text is None else known_text.at(index)
@@ -345,12 +358,15 @@ class STDiT3(nn.Module):
         known_text: TextStates | None,
         geometry: Geometry,
         condition: Condition | None,
+        through: Through | None = None,
     ) -> Tensor:
         """The velocity x0 - noise, [B, C, T, h, w] in float32.
 
         x: the noisy latent. timestep: float32, 0 is clean and 1000 is noise. text: states of each sample's caption; known_text:
-        of the null caption, for the known frames (one row may serve all samples).
+        of the null caption, for the known frames (one row may serve all samples). through: how the layers are gone through, where
+        not all of them are run (feature_cache.py).
         """
         state = self.embed(x_BCTHW, timestep_B, fps_B, geometry, condition)
-        state = self.run_layers(state, text, known_text, geometry)
+        layers = partial(self.run_layers, text=text, known_text=known_text, geometry=geometry)
+        state = layers(state) if through is None else through(state, layers)
         return self.head(state, geometry)[:, : self.config.in_channels]
