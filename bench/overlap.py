@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Clips:
             use_channels_last(self.scene.experiment.vae, triton=not arguments.check)
         method = LoRA(steps=2 if arguments.check else 20) if arguments.method == "lora" else NoAdaptation()
         self.adapter = method.attach(self.scene.experiment.dit, 0)
-        self.flow = "farneback" if HAS_FLOW else "none"
+        self.flow: Literal["farneback", "none"] = "farneback" if HAS_FLOW else "none"
 
     def load(self, k: int) -> tuple[Tensor, Tensor]:
         noise, window = torch.Generator().manual_seed(k), self.scene.experiment.window
