@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from ..kernels.attention import Choice
 from ..kernels.common import INTERPRETED
 from .errors import UserError
+from .models.again import Again
 from .models.paths import MethodPath, Paths, PathsByWork, use_paths
 from .models.settings import ModelSettings
 from .models.stdit3 import STDiT3
@@ -142,13 +143,23 @@ def paths_of(way: Way | None, attention: Choice | None, cross: str | None) -> Pa
     )
 
 
-def put_in_force(choices: Choices, dit: STDiT3, vae: VAE, *, features_tokens: int, strict: bool) -> None:
+def put_in_force(
+    choices: Choices,
+    dit: STDiT3,
+    vae: VAE,
+    *,
+    features_tokens: int,
+    strict: bool,
+    remade: tuple[Again, ...] = (),
+) -> None:
     """Compute by these choices from now on. features_tokens: of the known latents; strict: whether a method that cannot take its
-    fast path is refused, else it says so."""
+    fast path is refused, else it says so; remade: what training on the kernels does not keep."""
     training, features, sampling = (
         paths_of(way, choices.attention, choices.cross)
         for way in (choices.training, choices.features, choices.sampling)
     )
+    if training and training.kernels == "triton":
+        training = replace(training, remade=remade)
     methods: MethodPath = "plain" if choices.training in ("plain", None) else "fused"
     if "triton" in f"{choices.training} {choices.features}":
         methods = "triton"

@@ -83,7 +83,7 @@ def _with_paths(session: Session, say: Callable[[str], None]) -> Session:
     )
     rows, cols = (-(-side // 16) for side in experiment.pixel_size)
     tokens = recipe.window.known_latents * rows * cols
-    strict = recipe.model.kernels == "triton"
-    put_in_force(choices, experiment.dit, experiment.vae, features_tokens=tokens, strict=strict)
+    strict, remade = recipe.model.kernels == "triton", recipe.model.remade
+    put_in_force(choices, experiment.dit, experiment.vae, features_tokens=tokens, strict=strict, remade=remade)
     put_float8_in_force(experiment.dit, recipe.model, tokens)
     return replace(session, choices=choices)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.float8 import float8_everywhere
-from ..models.paths import method_path, records
+from ..models.paths import made_again, method_path, records
 from ..models.stdit3 import Caption, STDiT3
 from ..recorded import Records
 from .adamw import describe_steps
@@ -51,6 +51,7 @@ class FullAdapter:
         self.ways = {
             "optimizer": describe_steps(self.masters, settings),
             "steps": "recorded" if records(model, "training") else "launched",
+            **made_again(model),
         }
         if float8_everywhere(model):
             self.ways["float8"] = "sampling alone, as every weight is trained"

@@ -21,7 +21,7 @@ from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
 from ..models.float8 import float8_everywhere
 from ..models.lora_linear import LoRALinear
-from ..models.paths import method_path, raise_if_strict, records
+from ..models.paths import made_again, method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
 from ..recorded import CAPTION_LENGTHS, Records
 from ..seeds import generator_for
@@ -110,6 +110,7 @@ class LoRAAdapter:
         self.ways = {
             "steps": "recorded" if records(model, "training") else "launched",
             **({"prefix": "recorded" if records(model, "features") else "launched"} if self.prefixed else {}),
+            **made_again(model),
             "lora": "one product" if self.extends else products,
             "optimizer": describe_steps(self.masters, settings),
         }

@@ -152,6 +152,12 @@ def records(model: STDiT3, work: Literal["training", "features", "sampling"]) ->
     return paths is not None and paths.recorded and not model.recompute and model.device.type == "cuda"
 
 
+def made_again(model: STDiT3) -> dict[str, str]:
+    """What training does not keep on a network, for the record of a method's ways."""
+    paths = model.paths.training if isinstance(model.paths, PathsByWork) else model.paths
+    return {"computed again": " and ".join(paths.remade)} if paths is not None and paths.remade else {}
+
+
 def raise_if_strict(model: STDiT3, reason: str) -> None:
     """Raise ValueError with why a method cannot take its fast path, where that path was asked for by name."""
     if model.paths is not None and model.paths.strict:

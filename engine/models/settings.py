@@ -37,7 +37,16 @@ class ModelSettings:
     """Compute the layers' frozen linear layers in 8 bits (e4m3, a scale a token and an output channel): nowhere, in sampling, or also
     in the steps and features of weights that the method leaves frozen. Changes results: arms that are compared share it."""
 
+    remade: tuple[Literal["rotation", "hidden"], ...] = ()
+    """What training on the kernels computes again in the backward pass instead of keeping it, for less memory and the same bits: the
+    rotated queries, keys and values (rotation), what enters a frozen MLP's activation (hidden). Another path keeps everything."""
+
     def __post_init__(self) -> None:
+        if self.remade and self.kernels in ("plain", "compile"):
+            raise ValueError(
+                f"remade must be empty where kernels is {self.kernels}, which keeps everything, was {list(self.remade)}; "
+                "take kernels: auto or triton"
+            )
         if self.kernels == "plain" and self.compile in ("all", "training"):
             raise ValueError(
                 f"compile must be auto or none where kernels is plain, was {self.compile}; or set kernels to compile"

@@ -334,6 +334,20 @@ def test_attention_is_measured_at_every_shape_of_a_run(monkeypatch: pytest.Monke
 
 
 @interpreted
+def test_what_is_computed_again_leaves_the_bits_and_is_recorded(lab, capsys):
+    words = ("model.kernels=triton", "data.limit=1")
+    for name, more in (("keeps", ()), ("remade", ("model.remade=[rotation, hidden]",))):
+        assert lab.run(name, *words, *more, arms={"lora": LORA}) == 0
+    keeps, remade = (lab.results(name)["lora/ball"] for name in ("keeps", "remade"))
+    assert keeps["generated"] == remade["generated"]
+    assert remade["adaptation"]["ways"]["computed again"] == "rotation and hidden"
+    assert "computed again" not in keeps["adaptation"]["ways"]
+    capsys.readouterr()
+    assert lab.run("plain ways", "model.kernels=plain", "model.remade=[hidden]", arms={"lora": LORA}) == 2
+    assert "remade must be empty where kernels is plain" in one_sentence(capsys)
+
+
+@interpreted
 def test_the_kernels_run_a_recipe(lab, plain, plain_vae, capsys):
     """Layers, LoRA and the delta; the VAE's kernels take a minute a clip under the interpreter."""
     arms = {"lora": LORA, "delta": {"kind": "delta", "steps": 3, "lr": 0.1}}
