@@ -26,6 +26,7 @@ setup(
             "models/embedded/*/*",
             "models/published_keys.json",
             "models/paths.md",
+            "sampler.md",
             "path_table.json",
             "prepare/ucf101_captions.txt",
             "prepare/README.md",

@@ -11,6 +11,8 @@ the latents' bits. Quality (clip_quality.py) comes from `--clips` clips of the s
 `inference_speedup_from_cached_activations`: how many times longer adapting and sampling would take if nothing were kept: keys and
 values of the captions between steps, features of the delta's draws, the layers before the first adapted one. Each of these is
 timed once on the row's path, and multiplied by how often a step would compute it again.
+
+`cached every N` in a row's name: with the feature cache (`sampler.cache_every`), which changes the video; `psnr_to_exact` says how much.
 """
 
 import argparse
@@ -54,12 +56,12 @@ class Clips:
     small: bool = False
 
 
-def clip(name: str, path: str) -> Callable[[Clips], Row]:
-    """One method on one path."""
+def clip(name: str, path: str, every: int = 1) -> Callable[[Clips], Row]:
+    """One method on one path. every: the feature cache's interval."""
 
     def run(clips: Clips) -> Row:
         from ..engine.models.checkpoint import state_hash
-        from .clip_quality import PATHS, path_of
+        from .clip_quality import PATHS, path_of, reused_share
         from .step_scene import describe
 
         scene = clips.scene
@@ -67,7 +69,9 @@ def clip(name: str, path: str) -> Callable[[Clips], Row]:
         if clips.small:
             method, adaptation = reduced(method, len(scene.experiment.dit.layers)), replace(adaptation, draws=2)
         method.check(adaptation)
-        experiment = replace(scene.experiment, adaptation=adaptation)
+        cached = {"cache_every": every, "cache_first": 1 if clips.small else 2} if every > 1 else {}
+        sampler = replace(scene.experiment.sampler, **cached)
+        experiment = replace(scene.experiment, adaptation=adaptation, sampler=sampler)
         short = replace(experiment, sampler=replace(experiment.sampler, steps=2, force_steps=1))
         before, seconds = state_hash(experiment.dit), {}
         with path_of(scene, path):
@@ -96,6 +100,8 @@ def clip(name: str, path: str) -> Callable[[Clips], Row]:
                     "losses": outcome.trace.losses[:1] + outcome.trace.losses[-1:],
                     "path": f"{describe(scene, PATHS[path][0])}; VAE channels {PATHS[path][1]}",
                 }  # fmt: skip
+                if cached:
+                    row |= {"layers": outcome.layers, "layers_reused": reused_share(outcome.layers)}
                 if clips.twice:
                     again = continue_clip(experiment, known, adapter)
                     row["same_bits_twice"] = bool(torch.equal(again.latents, outcome.latents))
@@ -104,7 +110,7 @@ def clip(name: str, path: str) -> Callable[[Clips], Row]:
                 adapter.detach()
         if state_hash(experiment.dit) != before:
             raise RuntimeError("the weights are not bit for bit those of before the row")
-        return row | quality_of(clips, name, path)
+        return row | quality_of(clips, name, path, **cached)
 
     return run
 
@@ -117,12 +123,12 @@ def reduced(method: AnyMethod, layers: int) -> AnyMethod:
     return replace(method, steps=2) if isinstance(method, FullFineTuning | Delta) else method
 
 
-def quality_of(clips: Clips, name: str, path: str) -> Row:
-    """PSNR, SSIM, temporal consistency, and PSNR to the plain path; a reason where they cannot be had."""
+def quality_of(clips: Clips, name: str, path: str, **cached: int) -> Row:
+    """PSNR, SSIM, temporal consistency, and PSNR to the plain path; a reason where they cannot be had. cached: keys of the sampler."""
     if isinstance(clips.quality, str):
         return {"quality_absent": clips.quality}
     try:
-        return clips.quality.measure(name, path)
+        return clips.quality.measure(name, path, **cached)
     except Exception as error:  # the row's cost stands without it
         return {"quality_absent": suite.reason(error)}
 
@@ -156,10 +162,15 @@ def speedup(scene: "Scene", experiment: Experiment, known: Known, adapter: Any, 
 
 
 ROWS: dict[str, Callable[[Clips], Row]] = {
-    f"clip {name} {path}": clip(name, path) for name in CASES for path in ("plain", "fast")
+    **{f"clip {name} {path}": clip(name, path) for name in CASES for path in ("plain", "fast")},
+    **{f"clip {name} compiled": clip(name, "compiled") for name in ("none", "lora")},
+    **{
+        f"clip {name} fast, cached every {n}": clip(name, "fast", n)
+        for name in ("none", "lora", "delta_pre")
+        for n in (2, 3)
+    },
+    **{f"clip {name} float8": clip(name, "float8") for name in ("none", "lora", "full", "delta_pre")},
 }
-ROWS |= {f"clip {name} compiled": clip(name, "compiled") for name in ("none", "lora")}
-ROWS |= {f"clip {name} float8": clip(name, "float8") for name in ("none", "lora", "full", "delta_pre")}
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 Full-size rows have random weights and say nothing of quality, so each stands beside this: PSNR and SSIM of the generated frames, how
 far their change from frame to frame is from the real one's (`temporal_error`, dB), and the PSNR between a path's frames and the
-plain path's (`psnr_to_exact`; 100 stands for the same bits). Clips are the shifted tuning clips of the world made by code.
+plain path's that runs every layer (`psnr_to_exact`; 100 stands for the same bits). Clips are the shifted tuning clips of the world made
+by code.
 """
 
 from collections.abc import Iterator
@@ -65,25 +66,33 @@ def path_of(scene: Scene, path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Made:
-    """One clip, continued. generated, truth: the scored frames, [3, F, H, W]; last: the last known one, [3, 1, H, W]."""
+    """One clip, continued. generated, truth: the scored frames, [3, F, H, W]; last: the last known one, [3, 1, H, W]; layers: of the
+    outcome."""
 
     generated: Tensor
     truth: Tensor
     last: Tensor
+    layers: dict[str, int]
 
 
 class Quality:
-    """The small model on a device. clips: how many; steps: of sampling; short: as a check, two of its layers on small pictures, and
-    two steps of adaptation."""
+    """The small model on a device. clips: how many; steps: of sampling, without guidance, or else a sampler of one's own; short: as a
+    check, two of its layers on small pictures, and two steps of adaptation."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, clips: int, steps: int = 12, short: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        clips: int,
+        steps: int = 12,
+        short: bool = False,
+        sampler: SamplerSettings | None = None,
     ) -> None:
         dit, vae = load_dit(str(EMBEDDED / "dit"), device, dtype), load_vae(str(EMBEDDED / "vae"), device, dtype)
         if short:
             dit.spatial_blocks, dit.temporal_blocks = dit.spatial_blocks[:1], dit.temporal_blocks[:1]
         self.short, self.size = short, SHORT_SIZE if short else SIZE
-        sampler = SamplerSettings(steps=steps, text_guidance=1.0, image_guidance=1.0, sdedit=False)
+        sampler = sampler or SamplerSettings(steps=steps, text_guidance=1.0, image_guidance=1.0, sdedit=False)
         experiment = Experiment(dit, vae, Window(), self.size, sampler, FIXED, 0)
         self.clips = [self._clip(dit.config.caption_channels, index) for index in range(clips)]
         self.scene = Scene(experiment, self.clips[0][0].to(device), Stopwatch(device))
@@ -99,15 +108,16 @@ class Quality:
         text = EmbeddedText(channels, table_file=TRAINED_TABLE).encode(captions(scene))[0]
         return pixels, Caption(text.embedding[None])
 
-    def make(self, name: str, path: str) -> list[Made]:
-        """Adapt to every clip by a method and continue it, on a path."""
+    def make(self, name: str, path: str, **cached: int) -> list[Made]:
+        """Adapt to every clip by a method and continue it, on a path. cached: the feature cache's keys of the sampler."""
         method, adaptation = METHODS[name]
         if self.short and not isinstance(method, NoAdaptation | DeltaClosedForm):
             method = replace(method, steps=2)
         if self.short and isinstance(method, LoRA) and method.last_layers != "all":
             method = replace(method, last_layers=1)
         adaptation = replace(adaptation, draws=2) if self.short else adaptation
-        experiment = replace(self.scene.experiment, adaptation=adaptation)
+        sampler = replace(self.scene.experiment.sampler, **cached)
+        experiment = replace(self.scene.experiment, adaptation=adaptation, sampler=sampler)
         window, made = experiment.window, []
         with path_of(self.scene, path):
             adapter = method.attach(experiment.dit, 0)
@@ -117,16 +127,18 @@ class Quality:
                     known = Known(f"shifted-tuning-{index:06d}", encode_known(experiment.vae, pixels, window), caption)
                     outcome = continue_clip(experiment, known, adapter)
                     truth = pixels[:, window.generated.start : window.generated.stop]
-                    made.append(Made(outcome.pixels, truth, pixels[:, window.known_frames - 1 : window.known_frames]))
+                    last = pixels[:, window.known_frames - 1 : window.known_frames]
+                    made.append(Made(outcome.pixels, truth, last, outcome.layers))
             finally:
                 adapter.detach()
         return made
 
-    def measure(self, name: str, path: str) -> dict[str, Any]:
-        """Means over the clips, for the row of a method on a path."""
+    def measure(self, name: str, path: str, **cached: int) -> dict[str, Any]:
+        """Means over the clips, for the row of a method on a path. cached: as `make` has it."""
         if name not in self.exact:
             self.exact[name] = self.make(name, "plain")
-        found = self.exact[name] if path == "plain" else self.make(name, path)
+        exact = path == "plain" and not cached
+        found = self.exact[name] if exact else self.make(name, path, **cached)
         scores = [score_frames(m.generated, m.truth, lpips=None, lpips_reason="not measured here") for m in found]
         moved = [frame_changes(*(torch.cat([m.last, video], dim=1) for video in (m.generated, m.truth))) for m in found]
         row: dict[str, Any] = {
@@ -135,10 +147,17 @@ class Quality:
             "temporal_error": mean([m["frame_psnr"]["error"] for m in moved]),
             "quality_clips": len(found),
         }
-        if path != "plain":
+        if cached:
+            row["quality_layers_reused"] = mean([reused_share(m.layers) for m in found])
+        if not exact:
             pairs = zip(found, self.exact[name], strict=True)
             row["psnr_to_exact"] = mean([psnr(a.generated, b.generated).mean().item() for a, b in pairs])
         return row
+
+
+def reused_share(layers: dict[str, int]) -> float:
+    """Of all evaluations of a layer, those that were reused; 0 without a feature cache."""
+    return layers["reused"] / sum(layers.values()) if layers else 0.0
 
 
 def mean(values: list[float]) -> float:

@@ -55,7 +55,7 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
                     if adapter.steps:
                         adapter.adapt(task_of(short, known), lambda step, loss: None)
                     with torch.no_grad():
-                        latents, _ = sample_continuation(short, known, adapter, lambda *_: None)
+                        latents, *_ = sample_continuation(short, known, adapter, lambda *_: None)
                     adapter.restore()
                     if not latents.isfinite().all():
                         raise ArithmeticError(f"the latents of clip {index} are not finite")

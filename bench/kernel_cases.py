@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import delta_features, gate_residual, lora_linear, norm_modulate, norm_silu_pad, qk_norm_rope
+from ..engine.models.stdit3 import STDiT3Config
+from ..kernels import (
+    delta_features,
+    gate_residual,
+    lora_linear,
+    norm_linear,
+    norm_modulate,
+    norm_silu_pad,
+    qk_norm_rope,
+)  # fmt: skip
 from ..kernels.windows import Grid
+from .caption_cases import caption_cases
 
 Inputs = list[Tensor]
 SCALE = 1.0  # alpha / rank, as in the recipes
@@ -39,6 +49,8 @@ class Sizes:
     chunk: tuple[tuple[int, int, int, int], ...] = (
         (128, 20, 480, 640), (256, 20, 240, 320), (512, 20, 240, 320), (512, 10, 120, 160)
     )  # fmt: skip
+    network: STDiT3Config = STDiT3Config()  # noqa: RUF009 (frozen)
+    """Whose parameters the optimizer steps on."""
 
 
 REAL = Sizes()
@@ -51,6 +63,7 @@ SMALL = Sizes(
     counted=(33,),
     outputs=6,
     chunk=((64, 2, 4, 6),),
+    network=STDiT3Config(hidden_size=24, depth=1, num_heads=2, caption_channels=16, model_max_length=8),
 )
 
 
@@ -61,7 +74,7 @@ class Case:
     make: fresh inputs. reference: the plain version, which eager and compiled run and float64 makes the truth.
     impls: ours, by name. trained: which inputs get gradients; empty: there is no backward to time.
     forward, backward: (bytes, flops). floors: calls that compute less, as a yardstick (not checked).
-    variants: module attributes that steer a kernel, to try.
+    variants: module attributes that steer a kernel, to try. traced: whether torch.compile may meet the calls.
     """
 
     op: str
@@ -76,6 +89,7 @@ class Case:
     floors: dict[str, Callable[..., Any]] = field(default_factory=dict)
     variants: tuple[tuple[ModuleType, dict[str, Any]], ...] = ()
     compile: bool = True
+    traced: bool = True
 
     @property
     def key(self) -> str:
@@ -141,6 +155,29 @@ def qkv_cases(s: Sizes) -> Iterator[Case]:
             (0, 5, 6), (2 * (2 * rows * D + E * D + rows * E), 2 * rows * D * E + 2 * low),
             floors={"frozen eager": frozen},
             variants=tuple((norm_modulate, {"BLOCK_N": n}) for n in (32, 64)),
+        )  # fmt: skip
+
+
+def trained_cases(s: Sizes) -> Iterator[Case]:
+    """The same chain in full fine-tuning: norm, modulation and the trained projection of queries, keys and values."""
+    for name, B, grid in s.batches[:1]:
+        N, D = grid.tokens, s.dim
+        rows, E = B * N, 3 * D
+
+        def make(device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D) -> Inputs:
+            vectors = (randn(device, dtype, B, 1, D, scale=0.3) for _ in range(2))
+            weight, bias = randn(device, dtype, 3 * D, D, scale=D**-0.5), randn(device, dtype, 3 * D)
+            return [randn(device, dtype, B, N, D), *vectors, weight, bias]
+
+        def apart(x, shift, scale, weight, bias):
+            return F.linear(norm_modulate.norm_modulate(x, shift, scale), weight, bias)
+
+        yield Case(
+            "norm_linear", name, make, norm_linear.norm_linear_reference,
+            {"triton": norm_linear.norm_linear, "norm_modulate, then linear": apart},
+            (2 * (rows * D + E * D + rows * E), 2 * rows * D * E),
+            (0, 1, 2, 3, 4), (2 * (2 * rows * D + 2 * E * D + rows * E), 4 * rows * D * E),
+            variants=tuple((norm_linear, {"ROWS": n}) for n in (32, 128)),
         )  # fmt: skip
 
 
@@ -346,10 +383,13 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    from .float8_cases import linear_cases, quantize_cases  # which takes its parts from here
+    from .float8_cases import linear_cases, quantize_cases  # which take their parts from here
+    from .optimizer_cases import optimizer_cases
 
-    groups = [norm_cases, qkv_cases, lora_cases, rope_cases, residual_cases, delta_cases, vae_cases]
-    groups += [quantize_cases, linear_cases]
+    groups = [
+        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases, vae_cases,
+        optimizer_cases, quantize_cases, linear_cases,
+    ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]
     names = [name for name, _, _ in sizes.batches]

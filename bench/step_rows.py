@@ -12,6 +12,7 @@ from torch import Tensor
 from ..engine.adaptation import AdaptationSettings
 from ..engine.clip import encode_known, sample_continuation, task_of
 from ..engine.denoiser import Denoiser, velocities_of
+from ..engine.feature_cache import FeatureCache
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
@@ -76,8 +77,8 @@ def attention(scene: Scene) -> Row:
     return {"backends": rows}
 
 
-def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
-    """One evaluation of the guidance branches: a sampling step."""
+def sampling(path: str, branches: int, reused: bool = False) -> Callable[[Scene], Row]:
+    """One evaluation of the guidance branches: a sampling step. reused: one at which the feature cache serves."""
 
     def run(scene: Scene) -> Row:
         _, C, _, h, w = scene.known.latents.shape
@@ -85,10 +86,17 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
         z = torch.randn(1, C, T, h, w, generator=torch.Generator().manual_seed(2)).to(scene.device)
         t = torch.tensor(600.0, device=scene.device)
         with on(scene, path), torch.no_grad():
-            step = denoiser_of(scene, scene.length)
+            layers, cache = len(scene.experiment.dit.layers), None
+            config, size = scene.experiment.dit.config, scene.size
+            if reused:  # one pair of layers at each step; the first call computes what all later ones reuse
+                first = min(2, layers - 1)
+                cache = FeatureCache(every=2**31, first=first, layers=layers)
+                config = replace(config, depth=(first + 1) // 2)
+            step = denoiser_of(scene, scene.length, cache)
+            if reused:
+                step(z, t, all_branches=branches == 3)
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
             row |= compared(scene, f"sampling {branches}", torch.cat(found))
-            config, size = scene.experiment.dit.config, scene.size
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
             row["path"] = describe(scene, path)
             before = scene.watch.graphs()
@@ -101,7 +109,7 @@ def sampling(path: str, branches: int) -> Callable[[Scene], Row]:
     return run
 
 
-def denoiser_of(scene: Scene, length: int) -> Denoiser:
+def denoiser_of(scene: Scene, length: int, cache: FeatureCache | None = None) -> Denoiser:
     """The network of the scene's clip with a caption of this length, its known latents given."""
     _, C, K, h, w = scene.known.latents.shape
     T, dit = scene.experiment.window.latent_frames, scene.experiment.dit
@@ -109,8 +117,10 @@ def denoiser_of(scene: Scene, length: int) -> Denoiser:
     mask = torch.zeros_like(given)
     given[:, :, :K], mask[:, :, :K] = scene.known.latents, 1
     geometry, fps = dit.geometry(T, (h, w), scene.experiment.pixel_size, tuple(range(K))), scene.experiment.window.fps
-    recorded = Records(velocities_of(dit, geometry, fps), CAPTION_LENGTHS) if records(dit, "sampling") else None
-    return Denoiser(dit, geometry, fps, scene.caption(length), Condition(given, mask), records=recorded)
+    recorded = (
+        Records(velocities_of(dit, geometry, fps), CAPTION_LENGTHS) if not cache and records(dit, "sampling") else None
+    )
+    return Denoiser(dit, geometry, fps, scene.caption(length), Condition(given, mask), records=recorded, cache=cache)
 
 
 def compared(scene: Scene, kind: str, found: Tensor) -> Row:
@@ -325,7 +335,7 @@ def whole(path: str, order: str, adapted: bool) -> Callable[[Scene], Row]:
                         adapter.adapt(task_of(run_one, known), lambda step, loss: None)
                     clock("adapt")
                     with torch.no_grad():
-                        latents, _ = sample_continuation(run_one, known, adapter, lambda *_: None)
+                        latents, *_ = sample_continuation(run_one, known, adapter, lambda *_: None)
                         clock("sample")
                         pixels = run_one.vae.decode(latents, run_one.window.generated)
                     clock("decode")
@@ -366,6 +376,8 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "delta closed": delta_steps("mid closed", fast=False),
     "sample1 eager": sampling("eager", 1),
     "sample1 fused": sampling("fused", 1),
+    "sample3 fused, reused": sampling("fused", 3, reused=True),
+    "sample1 fused, reused": sampling("fused", 1, reused=True),
     "full eager": training(FULL, "eager"),
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),
@@ -386,6 +398,9 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full fused, launched": training(FULL, "fused, launched"),
     "full fused, not compiled": training(FULL, "fused, not compiled"),
     "sample1 fused, launched": sampling("fused, launched", 1),
+    "lora fused, rotation again": training(LORA, "fused, rotation again"),
+    "lora fused, both again": training(LORA, "fused, rotation and hidden again"),
+    "full fused, rotation again": training(FULL, "fused, rotation again"),
     "delta features fused": delta_features("fused"),
     "sample3 fused - gelu": sampling("fused - gelu", 3),
     "sample3 fused - attention": sampling("fused - attention", 3),

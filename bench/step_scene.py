@@ -95,6 +95,12 @@ class Scene:
             "fused": replace(plain, kernels="triton", gelu_in_product=True, **attention),
             "fused, launched": replace(plain, kernels="triton", gelu_in_product=True, recorded=False, **attention),
             "fused, not compiled": Paths(kernels="triton", gelu_in_product=True, **attention),
+            "fused, rotation again": replace(
+                plain, kernels="triton", gelu_in_product=True, remade=("rotation",), **attention
+            ),
+            "fused, both again": replace(
+                plain, kernels="triton", gelu_in_product=True, remade=("rotation", "hidden"), **attention
+            ),
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]
@@ -116,6 +122,7 @@ def describe_path(paths: Paths | None) -> str:
         chosen = sorted({*paths.attention.forward.values(), *paths.attention.training.values()})
         parts.append(f"attention {paths.attention.pinned or '/'.join(chosen)}")
     parts += ["gelu in the product"] if paths.gelu_in_product else []
+    parts += [f"{' and '.join(paths.remade)} computed again"] if paths.remade else []
     return ", ".join(parts)
 
 

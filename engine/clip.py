@@ -18,6 +18,7 @@ from torch import Tensor
 from .adaptation import AdaptationSettings, Task
 from .denoiser import Denoiser, velocities_of
 from .errors import UserError
+from .feature_cache import FeatureCache
 from .files import sha256_json, sha256_tensor
 from .flow import sampling_timesteps
 from .memory import peak_memory, reset_peak_memory, send
@@ -95,6 +96,8 @@ class Outcome:
     peak_memory_bytes: int | None = None
     compiled: dict[str, int] = field(default_factory=dict)
     """Graphs compiled on this clip, and breaks of graphs."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """With a feature cache: evaluations of a layer while sampling, a guidance branch each, that were `computed` and `reused`."""
     ways: dict[str, str] = field(default_factory=dict)
     """How the method computed what is its own (Adapter.ways)."""
 
@@ -197,16 +200,17 @@ def finish(
             with timed(seconds, "quantise", device):
                 experiment.dit.float8.refresh()
         with timed(seconds, "sample", device):
-            latents, made_from = sample_continuation(experiment, known, adapter, progress)
+            latents, made_from, layers = sample_continuation(experiment, known, adapter, progress)
         with timed(seconds, "decode", device):
             pixels = experiment.vae.decode(latents, experiment.window.generated)[0].float()
         if experiment.samples > 1:
             with timed(seconds, "more samples", device):
                 for index in range(1, experiment.samples):
-                    other, _ = sample_continuation(experiment, known, adapter, progress, index)
+                    other, _, again = sample_continuation(experiment, known, adapter, progress, index)
+                    layers = {name: count + again[name] for name, count in layers.items()}
                     more.append(experiment.vae.decode(other, experiment.window.generated)[0].float())
     state = adapter.state() if keep_state else {}
-    return Outcome(pixels, latents, more, trace, change, state, made_from, seconds, peak_memory(device))
+    return Outcome(pixels, latents, more, trace, change, state, made_from, seconds, peak_memory(device), layers=layers)
 
 
 def task_of(experiment: Experiment, known: Known) -> Task:
@@ -227,9 +231,9 @@ def task_of(experiment: Experiment, known: Known) -> Task:
 
 def sample_continuation(
     experiment: Experiment, known: Known, adapter: Adapter, progress: Progress, index: int = 0
-) -> tuple[Tensor, dict[str, str]]:
-    """Latents of the whole clip, [1, C, T, h, w] float32, from named noise under the weights in force; and SHA-256 of what
-    they were made from. index: which sample; each has noise of its own.
+) -> tuple[Tensor, dict[str, str], dict[str, int]]:
+    """Latents of the whole clip, [1, C, T, h, w] float32, from named noise under the weights in force; SHA-256 of what they were
+    made from; and with a feature cache the counts of `Outcome.layers`. index: which sample; each has noise, and a cache, of its own.
     """
     window, settings, dit = experiment.window, experiment.sampler, experiment.dit
     if isinstance(adapter, NoAdapter) and adapter.sampling_steps:
@@ -241,7 +245,10 @@ def sample_continuation(
     mask = torch.zeros_like(given)
     given[:, :, :K], mask[:, :, :K] = known.latents, 1
     geometry = dit.geometry(window.latent_frames, (h, w), experiment.pixel_size, tuple(range(K)))
-    if not records(dit, "sampling"):
+    cache = None
+    if settings.cache_every > 1:
+        cache = FeatureCache(settings.cache_every, settings.cache_first, len(dit.layers))
+    if cache or not records(dit, "sampling"):
         adapter.sampling = None
     elif adapter.sampling is None:
         adapter.sampling = Records(velocities_of(dit, geometry, window.fps), 2 * CAPTION_LENGTHS)  # by batches
@@ -253,6 +260,7 @@ def sample_continuation(
         Condition(given, mask),
         base_weights=adapter.suspended if experiment.adaptation.adapted_branches == "conditional" else None,
         records=adapter.sampling,
+        cache=cache,
     )
 
     def noise(purpose: str, index: int, frames: int) -> Tensor:
@@ -280,7 +288,7 @@ def sample_continuation(
         "known latents": sha256_tensor(known.latents),
         "caption": sha256_tensor(known.prompt.embedding),
         "noise": sha256_tensor(start),
-        "sampler": sha256_json([shared.tolist(), asdict(experiment.sampler)]),
+        "sampler": sha256_json([shared.tolist(), experiment.sampler.shaping_videos()]),
     }
     latents = sample(
         ContinuationGuidance(branches, settings, window.latent_frames),
@@ -291,7 +299,7 @@ def sample_continuation(
         known_noise=known_noise if settings.sdedit else None,
         on_step=stepped,
     )
-    return latents, made_from
+    return latents, made_from, {} if cache is None else dict(cache.counts)
 
 
 def count_graphs() -> dict[str, int]:

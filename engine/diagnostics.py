@@ -149,7 +149,7 @@ class Curves:
     def _measure(self, one: HeldOut, adapter: Adapter) -> dict[str, Any]:
         value: dict[str, Any] = {"losses": at_levels(task_of(self.experiment, one.known)).losses}
         if self.settings.held_out_scores:
-            latents, _ = sample_continuation(self.experiment, one.known, adapter, lambda phase, done, total: None)
+            latents, *_ = sample_continuation(self.experiment, one.known, adapter, lambda phase, done, total: None)
             pixels = self.experiment.vae.decode(latents, self.experiment.window.generated)[0].float()
             scores = self.score(pixels, one.pixels)
             value["scores"] = {name: score.get("mean") for name, score in scores.items()}

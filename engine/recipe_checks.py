@@ -54,6 +54,12 @@ UNREAD = [
         lambda r: not (r.sampler.oscillate_text or r.sampler.oscillate_image),
         "with sampler.oscillate_text and sampler.oscillate_image off every step guides",
     ),
+    Unread(
+        ("sampler", "cache_first"),
+        ("sampler.cache_every",),
+        lambda r: r.sampler.cache_every == 1,
+        "with sampler.cache_every: 1 every layer runs at every step",
+    ),
     *(
         Unread(
             ("search", name),

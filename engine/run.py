@@ -355,7 +355,12 @@ def record(
         **({"gate": decision.describe()} if decision else {}),
         "scores": scores,
         **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
-        "cost": {"seconds": seconds, "peak_memory_bytes": outcome.peak_memory_bytes, **outcome.compiled},
+        "cost": {
+            "seconds": seconds,
+            "peak_memory_bytes": outcome.peak_memory_bytes,
+            **outcome.compiled,
+            **({"layers": outcome.layers} if outcome.layers else {}),
+        },
     }
     if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
         check_paired(baseline, result)

@@ -5,8 +5,8 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +35,28 @@ class SamplerSettings:
     """Steps at the start that always guide."""
     sdedit: bool = True
     """Before each step, set the known frames to their latents noised afresh to the step's level."""
+    cache_every: int = 1
+    """Steps that one evaluation of the layers after the first `cache_first` serves; 1 runs every layer at every step, more is faster and
+    changes the video."""
+    cache_first: int = 2
+    """Layers that run at every step where `cache_every` is above 1, from the first on (a spatial and a temporal one are two)."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, was {self.steps}")
         if self.force_steps < 0:
             raise ValueError(f"force_steps must be at least 0, was {self.force_steps}")
+        if self.cache_every < 1:
+            raise ValueError(f"cache_every must be at least 1 (every layer runs at every step), was {self.cache_every}")
+        if self.cache_first < 0:
+            raise ValueError(f"cache_first must be at least 0, was {self.cache_first}")
+
+    def shaping_videos(self) -> dict[str, Any]:
+        """What of these shapes a video: all, but for the feature cache's keys where it is off, so that earlier results stay valid."""
+        values = asdict(self)
+        if self.cache_every == 1:
+            del values["cache_every"], values["cache_first"]
+        return values
 
 
 def oscillated(scale: float, step: int, force_steps: int, oscillate: bool) -> float:

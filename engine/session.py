@@ -136,7 +136,7 @@ class Session:
                 "window": asdict(r.window),
                 "size": [r.data.height, r.data.width],
                 "prompt": asdict(r.prompt),
-                "sampler": asdict(r.sampler),
+                "sampler": r.sampler.shaping_videos(),
                 "text": self.text_key,
                 "dtype": r.model.dtype,
                 "device": self.models.dit.device.type,
@@ -327,6 +327,7 @@ class Session:
 
     def describe_paths(self) -> dict[str, Any]:
         """Which code paths compute this run's results."""
+        s = self.recipe.sampler
         return {
             "device": device_name(self.models.dit.device),
             "dtype": self.recipe.model.dtype,
@@ -337,6 +338,11 @@ class Session:
             **self.choices.to_json(),
             **self._float8,
             "posterior": self.recipe.window.posterior,
+            **(
+                {"feature_cache": f"every {s.cache_every} steps after {s.cache_first} layers"}
+                if s.cache_every > 1
+                else {}
+            ),
         }
 
 

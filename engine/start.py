@@ -47,6 +47,12 @@ def prepare(
     if recipe.scores.flow != "none":
         require_flow(recipe.scores.flow)
     models = load_models(recipe.model)
+    cached, layers = recipe.sampler.cache_every > 1, len(models.dit.layers)
+    if cached and recipe.sampler.cache_first >= layers:
+        raise UserError(
+            f"sampler.cache_first should be below the network's {layers} layers, was {recipe.sampler.cache_first}: none would be "
+            "cached; lower it, or set sampler.cache_every=1"
+        )
     lpips = LPIPS() if reason is None else None
     session = Session(
         recipe, RunDirectory(output), models, clips, chosen, lpips, reason, models.marks, tuple(warnings(recipe))

@@ -143,12 +143,12 @@ def print_summary(rows: list[Row], arms: list[str], marks: tuple[str, ...]) -> N
 
 
 def path_lines(rows: list[Row], arms: list[str]) -> list[str]:
-    """Which paths computed each arm, and how many graphs were compiled on how many clips; empty where all is plain."""
+    """Which paths computed each arm, and how many graphs were compiled on how many clips; empty where all is plain and exact."""
     lines = []
     for arm in arms:
         done = [row for row in rows if row["arm"] == arm and row["status"] == "done"]
         paths = list(dict.fromkeys(row.get("paths") or "" for row in done))
-        if not any(word in path for path in paths for word in ("compile", "triton", "float8")):
+        if not any(word in path for path in paths for word in ("compile", "triton", "features cached", "float8")):
             continue
         lines += [f"paths of {arm}: {path}" for path in paths]
         made = [row.get("graphs") or 0 for row in done]

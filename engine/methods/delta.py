@@ -27,7 +27,8 @@ from ..models.attention import TextStates, apart, joined
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Embedded, FinalLayer, STDiT3, layer_norm
 from ..recorded import CAPTION_LENGTHS, Records
-from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
+from .adamw import describe_steps
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep
 

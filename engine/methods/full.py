@@ -16,7 +16,8 @@ from ..models.float8 import float8_everywhere
 from ..models.paths import method_path, records
 from ..models.stdit3 import Caption, STDiT3
 from ..recorded import Records
-from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
+from .adamw import describe_steps
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
 from .recorded_loss import RecordedLoss
@@ -46,7 +47,7 @@ class FullAdapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         self.base = [p.detach().clone() for p in self.trained.values()]
-        self.masters = Masters(list(self.trained.values()), fused=method_path(model) != "plain")
+        self.masters = Masters(list(self.trained.values()), path=method_path(model))
         self.ways = {
             "optimizer": describe_steps(self.masters, settings),
             "steps": "recorded" if records(model, "training") else "launched",

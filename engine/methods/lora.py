@@ -25,7 +25,8 @@ from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
 from ..recorded import CAPTION_LENGTHS, Records
 from ..seeds import generator_for
-from .optimize import AdamW, Masters, Trace, describe_steps, optimize, random_of_equal_norm
+from .adamw import describe_steps
+from .optimize import AdamW, Masters, Trace, optimize, random_of_equal_norm
 from .parts import Fisher
 from .protocol import Change, OnStep, by_layer
 from .recorded_loss import RecordedLoss
@@ -102,7 +103,8 @@ class LoRAAdapter:
             for target in settings.targets:
                 self._wrap(layers[index], index, target)
         self.start_A = [self._start(name, a, recipe_seed) for name, a in self.adapters.items()]
-        self.masters = Masters([p for a in self.adapters.values() for p in (a.A, a.B)], self._refresh, fused=fast)
+        trained = [p for a in self.adapters.values() for p in (a.A, a.B)]
+        self.masters = Masters(trained, self._refresh, path=method_path(model))
         self.prefixed = settings.cache_prefix
         products = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
         self.ways = {

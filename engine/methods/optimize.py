@@ -7,13 +7,15 @@ weights are set from them (arXiv:1710.03740, section 3.1). Schedule, penalties a
 # pyright: reportPrivateImportUsage=false
 # (torch exports its multi-tensor and fused operations under private names alone)
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from ..models.paths import MethodPath
+from .adamw import PlainAdamW, stepper
 from .parts import BestStep, Fisher, Parts, Penalties
 
 
@@ -74,8 +76,7 @@ class Masters:
     """Float32 masters of a list of parameters, in storage that lives as long as the method is attached.
 
     A float32 parameter is its own master. `publish` sets the network's weights from the masters, and what is computed from
-    those (on_publish); `reset` takes the masters back to given values. fused: take steps by FusedAdamW, a few parameters
-    at a time, without float32 gradients of all of them.
+    those (on_publish); `reset` takes the masters back to given values. path: how steps are taken (adamw.py).
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class Masters:
         parameters: Sequence[torch.nn.Parameter],
         on_publish: Callable[[], None] = lambda: None,
         *,
-        fused: bool = False,
+        path: MethodPath = "plain",
     ) -> None:
         self.parameters = list(parameters)
         self.on_publish = on_publish
-        self.fused = fused
+        self.path: MethodPath = path
         self.tensors = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
 
     def take_gradients(self) -> None:
@@ -136,8 +137,7 @@ def optimize(
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
     trace = Trace() if trace is None else trace
     penalties = Penalties(settings, start, fisher) if settings.l2 or settings.ewc else None
-    fused = takes_fused_steps(masters, settings)
-    optimizer = FusedAdamW(masters, settings) if fused else PlainAdamW(masters, settings, penalties)
+    optimizer = stepper(masters, settings, penalties)
     best = None
     if settings.early_stopping:
         assert held_out is not None, "early stopping needs a held-out loss"
@@ -160,6 +160,8 @@ def optimize(
                     f"the loss or its gradient is not finite at step {step}; a smaller lr may help"
                 )
             optimizer.step(norm, settings.lr * settings.rate(step, settings.steps))
+            # Kernels write weights without telling; what is made of these asks for their version (models/float8.py).
+            torch.autograd.graph.increment_version(masters.parameters)
             if isinstance(optimizer, PlainAdamW) and penalties:
                 trace.penalties.append(optimizer.penalty)
             trace.steps += 1
@@ -177,101 +179,3 @@ def optimize(
         for tensor in (*masters.tensors, *masters.parameters):
             tensor.grad = None
     return trace
-
-
-def takes_fused_steps(masters: Masters, settings: AdamW) -> bool:
-    """Whether `optimize` steps by FusedAdamW. A penalty adds to float32 gradients of all parameters, which that never has at once."""
-    return masters.fused and not (settings.l2 or settings.ewc)
-
-
-def describe_steps(masters: Masters, settings: AdamW) -> str:
-    """Which optimizer `optimize` takes, for the record."""
-    if takes_fused_steps(masters, settings):
-        return "torch's fused AdamW, a few parameters at a time"
-    return "torch's AdamW" + (" (the fused one takes no penalty)" if masters.fused else "")
-
-
-class PlainAdamW:
-    """torch's AdamW on float32 copies of the gradients. penalty: of the last step."""
-
-    def __init__(self, masters: Masters, settings: AdamW, penalties: Penalties | None = None) -> None:
-        self.masters, self.settings, self.penalties, self.penalty = masters, settings, penalties, 0.0
-        self.optimizer = torch.optim.AdamW(
-            masters.tensors, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay
-        )
-
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradient that `backward` left and of the penalties' share, over all parameters."""
-        self.masters.take_gradients()
-        if self.penalties:
-            self.penalty = self.penalties.add_gradients(self.masters.tensors)
-        return torch.nn.utils.get_total_norm([m.grad for m in self.masters.tensors if m.grad is not None])
-
-    def step(self, norm: Tensor, lr: float) -> None:
-        """Clip, step, and set the network's weights."""
-        if self.settings.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.tensors, self.settings.gradient_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.penalties:
-            self.penalties.step(self.masters.tensors, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.masters.publish()
-
-
-class FusedAdamW:
-    """The same step by torch's fused kernel: cast, clip, step and publish a bounded number of parameters at a time."""
-
-    GROUP = 2**26  # numbers whose float32 gradients exist at once: 256 MiB
-
-    def __init__(self, masters: Masters, settings: AdamW) -> None:
-        self.masters, self.settings = masters, settings
-        with torch.no_grad():
-            self.first = [torch.zeros_like(m) for m in masters.tensors]
-            self.second = [torch.zeros_like(m) for m in masters.tensors]
-        self.count = [torch.zeros((), device=m.device) for m in masters.tensors]
-
-    def gradient_norm(self) -> Tensor:
-        grads = [p.grad for p in self.masters.parameters if p.grad is not None]
-        return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
-
-    @torch.no_grad()
-    def step(self, norm: Tensor, lr: float) -> None:
-        s, m = self.settings, self.masters
-        # The kernel divides gradients by this number: clip_grad_norm_'s rule, without a pass of its own.
-        divisor = (norm + 1e-6).div(s.gradient_clip).clamp(min=1.0) if s.gradient_clip else torch.ones_like(norm)
-        for group in self._groups():
-            parameters, masters = [m.parameters[i] for i in group], [m.tensors[i].detach() for i in group]
-            torch._fused_adamw_(
-                masters, [p.grad.float() for p in parameters if p.grad is not None],
-                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group),
-                lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
-                amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
-            )  # fmt: skip
-            torch.autograd.graph.increment_version(
-                masters
-            )  # the fused kernel writes without telling (models/float8.py asks)
-            for parameter in parameters:
-                parameter.grad = None
-        m.publish()
-
-    def _counted(self, group: list[int]) -> list[Tensor]:
-        counts = [self.count[i] for i in group]
-        torch._foreach_add_(counts, 1)
-        return counts
-
-    def _groups(self) -> Iterator[list[int]]:
-        """Indices of the parameters that have a gradient, in groups of about GROUP numbers."""
-        group: list[int] = []
-        size = 0
-        for i, parameter in enumerate(self.masters.parameters):
-            if parameter.grad is None:
-                continue
-            group.append(i)
-            size += parameter.numel()
-            if size >= self.GROUP:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.attention import attend as attend_by
+from ...kernels.caption_attention import caption_attention
 from .float8 import Linear
 from .geometry import WINDOW, Geometry
 from .rope import apply_rope
@@ -217,7 +218,11 @@ class CrossAttention(nn.Module):
         backends: Backends = DEFAULT,
     ) -> Tensor:
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
-        if known_text is None or geometry.known == 0:
+        others = known_text if geometry.known else None
+        if backends.cross == "triton" and text.mask is None and (others is None or others.mask is None):
+            known = () if others is None else (others.keys, others.values, geometry.known_tokens)
+            out = caption_attention(q, text.keys, text.values, *known)
+        elif known_text is None or geometry.known == 0:
             out = attend_to_few(q, text.keys, text.values, text.mask, backends.cross)
         else:
             split = geometry.known_tokens

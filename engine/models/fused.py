@@ -6,6 +6,8 @@
     attention                                        a view of each region; nothing is copied on the way in
     proj, low-rank addition, gate, residual          product + one pass kernels/gate_residual.py
     cross-attention, MLP                             plain products; norm and gated residual as above
+    full fine-tuning: norm and its linear layer      the norm again in the backward          kernels/norm_linear.py
+                      GELU and its linear layer      GELU again in the backward              gelu_linear.py
 
 In float8 (float8.py) a frozen product is its quantisation in one pass, of an MLP's hidden state with the activation, and the library's
 product; a low-rank addition then joins in a product of its own.
@@ -13,19 +15,25 @@ product; a low-rank addition then joins in a product of its own.
 Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
 """
 
+from typing import TypeGuard
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.gate_residual import gate_residual, lora_gate_residual
 from ...kernels.lora_linear import lora_linear_extended
+from ...kernels.norm_linear import norm_linear
 from ...kernels.norm_modulate import norm_modulate
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
+from .again import Again, again
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
 from .float8 import in_float8
+from .gelu_linear import gelu_linear
 from .geometry import Geometry
 from .lora_linear import LoRALinear
-from .stdit3 import Layer
+from .stdit3 import Layer, Mlp
 
 
 def fused_layer(
@@ -36,24 +44,49 @@ def fused_layer(
     known_text: LayerText | None,
     geometry: Geometry,
     backends: Backends = DEFAULT,
+    remade: tuple[Again, ...] = (),
 ) -> Tensor:
-    """As `Layer.forward`, [B, N, D]. Needs a device that the kernels run on."""
+    """As `Layer.forward`, [B, N, D]. Needs a device that the kernels run on. remade: what is computed again in the backward."""
+    remade = remade if torch.is_grad_enabled() else ()
     vectors = (layer.scale_shift_table + modulation_B6D).transpose(0, 1).unsqueeze(2).contiguous()  # [6, B, 1, D]
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.unbind(0)
     attn: SelfAttention = layer.attn
     grid = Grid(geometry.frames, geometry.rows, geometry.cols) if attn.windowed else None
     x = x_BND
-    a = _self_attention(attn, _projected(attn.qkv, x, shift_a, scale_a), geometry, grid, backends)
+    qkv = _projected(attn.qkv, x, shift_a, scale_a)
+    if "rotation" in remade:
+        a = again(_self_attention, attn, qkv, geometry, grid, backends)
+    else:
+        a = _self_attention(attn, qkv, geometry, grid, backends)
     x = _added(x, a, attn.proj, gate_a, grid)
     x = x + layer.cross_attn(x, text, known_text, geometry, backends)
-    return gate_residual(x, layer.mlp(norm_modulate(x, shift_m, scale_m)), gate_m)
+    return gate_residual(x, _mlp(layer.mlp, x, shift_m, scale_m, "hidden" in remade), gate_m)
+
+
+def _trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    return torch.is_grad_enabled() and isinstance(linear, nn.Linear) and linear.weight.requires_grad
+
+
+def _mlp(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor, remade: bool) -> Tensor:
+    """The MLP of the modulated norm; where its second product is trained, GELU's result is not kept, else with `remade` nothing."""
+    if _trained(mlp.fc2):
+        return gelu_linear(_projected(mlp.fc1, x, shift, scale), mlp.fc2.weight, mlp.fc2.bias)
+    if remade:
+        return mlp.fc2(again(_hidden, mlp.fc1, x, shift, scale))
+    return mlp(norm_modulate(x, shift, scale))
+
+
+def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.gelu(fc1(norm_modulate(x, shift, scale)), approximate="tanh")
 
 
 def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The linear layer of the modulated norm, its low-rank addition inside."""
+    """The linear layer of the modulated norm, its low-rank addition inside; where it is trained, the norm's result is not kept."""
     if isinstance(linear, LoRALinear) and linear.extended is not None and not in_float8(linear.base, x):
         n = norm_modulate(x, shift, scale, linear.A)
         return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
+    if _trained(linear):
+        return norm_linear(x, shift, scale, linear.weight, linear.bias)
     return linear(norm_modulate(x, shift, scale))
 
 

@@ -7,6 +7,7 @@ compiles nothing anew.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ...kernels.attention import Choice, self_attention_shapes
 from ...kernels.windows import Grid
+from .again import Again
 from .attention import DEFAULT, Backends, TextStates
 from .geometry import Geometry
 from .linear_gelu import linear_gelu
@@ -30,7 +32,8 @@ and the delta's steps on the kernels of delta_features.py."""
 class Paths:
     """kernels: torch, the plain code; triton, the kernels of `fused.py`. compiled: through torch.compile.
 
-    attention: back ends by shape, and `cross` for captions; None leaves both to PyTorch. gelu_in_product: without gradients the
+    attention: back ends by shape, and `cross` for captions, which the kernels have their own for unless a back end is pinned
+    (caption_attention.py); None leaves both to PyTorch. gelu_in_product: without gradients the
     MLP's activation joins its first product. compiler: torch.compile's back end.
     """
 
@@ -43,17 +46,20 @@ class Paths:
     methods: MethodPath = "triton"
     recorded: bool = True
     """On a card: record a clip's steps as a CUDA graph (methods/recorded_loss.py), of the same kernels."""
+    remade: tuple[Again, ...] = ()
+    """What training on the kernels computes again in the backward pass rather than keep (again.py)."""
     strict: bool = False
     """Whether a method that cannot take its `methods` path raises ValueError when it is attached; else it takes the next slower
     one and says so."""
     _run: Any = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
+        assert not self.remade or self.kernels == "triton", "the plain code keeps everything"
         run: Any = Layer.forward
         if self.kernels == "triton":
             from .fused import fused_layer
 
-            run = fused_layer
+            run = partial(fused_layer, remade=self.remade) if self.remade else fused_layer
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             run = torch.compile(run, backend=self.compiler, dynamic=False, fullgraph=True)
@@ -61,13 +67,15 @@ class Paths:
 
     def backends(self, samples: int, geometry: Geometry, heads: int, dim: int, training: bool) -> Backends:
         """The attention of a batch of latents; raises KeyError for a shape that was not measured."""
+        pinned = self.attention is not None and self.attention.pinned
+        cross = "triton" if self.kernels == "triton" and not pinned else self.cross
         if self.attention is None:
-            return DEFAULT._replace(cross=self.cross)
+            return DEFAULT._replace(cross=cross)
         grid = Grid(geometry.frames, geometry.rows, geometry.cols)
         frames, *windows = (
             self.attention.backend(shape, training) for shape in self_attention_shapes(samples, grid, heads, dim)
         )
-        return Backends(frames, tuple(windows), self.cross)
+        return Backends(frames, tuple(windows), cross)
 
     def prepare(
         self, model: STDiT3, tokens: Tensor, texts: tuple[TextStates | None, ...], geometry: Geometry

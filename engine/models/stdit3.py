@@ -11,6 +11,7 @@ Axes: B samples, T latent frames, S tokens a frame, N = T * S, D hidden, L capti
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -223,6 +224,10 @@ class Embedded(NamedTuple):
     timestep: Tensor
 
 
+Through = Callable[[Embedded, Callable[..., Embedded]], Embedded]
+"""through(state, layers) gives the state after all layers; layers(state, start=, stop=) runs some of them."""
+
+
 class STDiT3(nn.Module):
     """The network. `forward` is `embed`, `run_layers`, `head`; they can be called apart to cache what does not change."""
 
@@ -353,12 +358,15 @@ class STDiT3(nn.Module):
         known_text: TextStates | None,
         geometry: Geometry,
         condition: Condition | None,
+        through: Through | None = None,
     ) -> Tensor:
         """The velocity x0 - noise, [B, C, T, h, w] in float32.
 
         x: the noisy latent. timestep: float32, 0 is clean and 1000 is noise. text: states of each sample's caption; known_text:
-        of the null caption, for the known frames (one row may serve all samples).
+        of the null caption, for the known frames (one row may serve all samples). through: how the layers are gone through, where
+        not all of them are run (feature_cache.py).
         """
         state = self.embed(x_BCTHW, timestep_B, fps_B, geometry, condition)
-        state = self.run_layers(state, text, known_text, geometry)
+        layers = partial(self.run_layers, text=text, known_text=known_text, geometry=geometry)
+        state = layers(state) if through is None else through(state, layers)
         return self.head(state, geometry)[:, : self.config.in_channels]

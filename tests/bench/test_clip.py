@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from vidtta.bench import clip, suite
+from vidtta.bench import caching, clip, suite
 from vidtta.bench.clip_quality import Quality
 from vidtta.bench.step_scene import small_scene
 from vidtta.engine.methods.lora import LoRAAdapter
+from vidtta.engine.sampler import SamplerSettings
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the CPU")
 CPU = torch.device("cpu")
@@ -35,6 +36,27 @@ def test_a_row_in_float8_tells_what_quantising_anew_costs():
     row = row_of("clip full float8")
     assert "error" not in row, row
     assert row["seconds"]["quantise"] > 0 and "frozen linears in float8" in row["path"]
+
+
+def test_a_cached_row_says_what_was_reused_and_how_far_it_lies_from_the_exact_path():
+    quality = Quality(CPU, torch.float32, clips=1, steps=2, short=True)
+    row = row_of("clip none fast, cached every 2", quality=quality)
+    assert "error" not in row, row
+    # Two layers; at steps 0, 1 and 2 three branches, at step 3 the prompt: of 20 evaluations those of the second layer at 1 and 3.
+    assert row["layers"] == {"computed": 16, "reused": 4} and row["layers_reused"] == pytest.approx(0.2)
+    assert row["quality_layers_reused"] == pytest.approx(0.25)  # one branch, two steps
+    assert 15 < row["psnr_to_exact"] < 60 and row["psnr"] != quality.measure("none", "plain")["psnr"]
+    assert "layers" not in row_of("clip none fast", quality=quality)
+
+
+def test_the_table_of_the_feature_cache(capsys: pytest.CaptureFixture[str]):
+    caching.main(["--check", "--samplers", "demo"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2:5] for row in rows] == [
+        ["1", "-", "0%"], ["2", "0", "33%"], ["2", "1", "17%"], ["3", "0", "67%"], ["3", "1", "33%"],
+    ]  # fmt: skip
+    assert rows[0][5] == "same bits" and all(15 < float(row[5]) < 60 for row in rows[1:])
+    assert caching.SAMPLERS["demo"] == SamplerSettings(steps=10, text_guidance=1.0, image_guidance=1.0)
 
 
 def test_a_row_that_leaves_weights_changed_has_no_time(monkeypatch: pytest.MonkeyPatch):

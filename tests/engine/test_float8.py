@@ -18,7 +18,9 @@ from vidtta.engine import recorded
 from vidtta.engine.clip import continue_clip
 from vidtta.engine.errors import UserError
 from vidtta.engine.methods import AnyMethod, Delta, FullFineTuning, LoRA, NoAdaptation
-from vidtta.engine.methods.optimize import FusedAdamW, Masters, PlainAdamW
+from vidtta.engine.methods import optimize as optimize_module
+from vidtta.engine.methods.adamw import FusedAdamW, OnePassAdamW, PlainAdamW
+from vidtta.engine.methods.optimize import Masters
 from vidtta.engine.models import float8 as float8_module
 from vidtta.engine.models.checkpoint import state_hash
 from vidtta.engine.models.float8 import LINEARS, Linear, put_float8_in_force, use_float8
@@ -228,13 +230,17 @@ def test_adapted_weights_are_quantised_anew_and_back_after_the_clip(monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_every_write_that_a_method_makes_is_seen(dtype, fused):
-    """Steps of both optimizers (on a float32 weight in place, on a rounded one by its master), publishing, and going back."""
-    parameter = nn.Parameter(noise(0, 32, 48).to(dtype))
+@pytest.mark.parametrize("kind", [PlainAdamW, FusedAdamW, OnePassAdamW])
+def test_every_write_that_a_method_makes_is_seen(kind, dtype, monkeypatch: pytest.MonkeyPatch):
+    """Steps of each optimizer (of which two write by kernels that torch does not hear of), publishing, and going back."""
+    if kind is OnePassAdamW and not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("Triton needs a GPU or its interpreter")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parameter = nn.Parameter(noise(0, 32, 48).to(device, dtype))
     copy_of = float8_module.Copy(parameter, float8_module.Rule("all", 0))
     base = [parameter.detach().clone()]
-    masters = Masters([parameter], fused=fused)
+    masters = Masters([parameter])
+    monkeypatch.setattr(optimize_module, "stepper", lambda masters, settings, penalties: kind(masters, settings))
 
     def seen() -> bool:
         found = copy_of.refresh(parameter)
@@ -242,11 +248,15 @@ def test_every_write_that_a_method_makes_is_seen(dtype, fused):
         assert torch.equal(copy_of.values.float(), values.float()) and torch.equal(copy_of.scales, scales)
         return found
 
-    assert not seen()
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = (FusedAdamW if fused else PlainAdamW)(masters, FullFineTuning(lr=0.1))
-    optimizer.step(optimizer.gradient_norm(), 0.1)
-    assert seen() and not seen()
+    found: list[bool] = []
+    direction = noise(1, 32, 48).to(device)
+    optimize_module.optimize(
+        masters,
+        FullFineTuning(steps=2, lr=0.1),
+        lambda step: (parameter.float() * direction).sum(),
+        on_step=lambda step, loss: found.append(seen()),
+    )
+    assert found == [True, True] and not seen() and not torch.equal(parameter, base[0])
     torch._foreach_copy_([parameter.detach()], base)
     assert seen() and torch.equal(parameter, base[0])
     masters.reset([base[0].float() + 1])
@@ -365,6 +375,24 @@ def test_the_gradients_of_a_whole_step_point_where_they_did():
             again = torch.cat([p.grad.flatten() for p in adapter.masters.parameters if p.grad is not None])
             assert torch.equal(again, found[name])
     assert distance(found["plain"], found["truth"]) < 1e-4 < 1e-3 < distance(found["float8"], found["truth"]) < 0.15
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton needs a GPU or its interpreter")
+def test_what_training_computes_again_is_the_same_in_float8():
+    model, found = tiny_dit(depth=1), []
+    use_float8(model, "all")
+    for remade in ((), ("rotation", "hidden")):
+        use_paths(model, Paths(kernels="triton", remade=remade))  # type: ignore[arg-type]
+        adapter = LoRA(rank=4).attach(model, 0)
+        assert adapter.ways["lora"] == "a float8 product and two"
+        with torch.no_grad():
+            for index, a in enumerate(adapter.adapters.values()):
+                a.B.copy_(noise(index, *a.B.shape) * 0.05)
+        task = tiny_task(model)
+        task.loss(task.draw(0)).backward()
+        found.append([p.grad.clone() for p in adapter.masters.parameters if p.grad is not None])
+        adapter.detach()
+    assert len(found[0]) == 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_an_mlps_hidden_state_is_quantised_with_its_activation(monkeypatch: pytest.MonkeyPatch):

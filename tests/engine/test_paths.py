@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from vidtta.engine.denoiser import Denoiser
+from vidtta.engine.methods.adamw import FusedAdamW, OnePassAdamW, PlainAdamW, describe_steps, way_of_steps
 from vidtta.engine.methods.full import FullFineTuning
 from vidtta.engine.methods.lora import LoRA
-from vidtta.engine.methods.optimize import FusedAdamW, Masters, PlainAdamW
+from vidtta.engine.methods.optimize import Masters
+from vidtta.engine.methods.parts import L2ToStart
 from vidtta.engine.models.lora_linear import LoRALinear
 from vidtta.engine.models.paths import Paths, use_paths
 from vidtta.engine.models.rule_weights import fill_by_rule
@@ -21,6 +23,11 @@ from vidtta.engine.recompute import recomputed
 from vidtta.kernels.common import INTERPRETED
 
 from .tiny import noise, tiny_dit, tiny_task
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIXTEEN = (
+    torch.bfloat16 if DEVICE == "cuda" else torch.float16
+)  # Triton's interpreter does not round bfloat16 to nearest
 
 
 @pytest.fixture(autouse=True)
@@ -74,27 +81,47 @@ def test_one_extended_product_is_the_adapted_layer(rank: int, alpha: float):
     torch.testing.assert_close(layer(x), layer.base(x) + layer.scale * x @ layer.A.T @ layer.B.T)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [FusedAdamW, OnePassAdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, SIXTEEN], ids=str)
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_steps_in_bounded_groups_are_adamw(clip: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_every_way_of_steps_is_adamw(clip: float, dtype: torch.dtype, kind: type, monkeypatch: pytest.MonkeyPatch):
     """On gradients that are given: a network's own are partly zero but for rounding, which AdamW makes large."""
     monkeypatch.setattr(FusedAdamW, "GROUP", 20)  # several groups
     settings = FullFineTuning(lr=1e-2, weight_decay=0.1, gradient_clip=clip)
-    found = []
-    for kind in (PlainAdamW, FusedAdamW):
-        parameters = [nn.Parameter(noise(i, 3, 5 + i).to(dtype)) for i in range(4)]
-        masters = Masters(parameters)
-        optimizer = kind(masters, settings)
+    found, published = [], []
+    for each in (PlainAdamW, kind):
+        parameters = [nn.Parameter(noise(i, 3, 5 + i).to(DEVICE, dtype)) for i in range(4)]
+        masters = Masters(parameters, lambda each=each: published.append(each))
+        optimizer = each(masters, settings)
         norms = []
         for step in range(4):
             for i, parameter in enumerate(parameters[: 3 if step < 2 else 4]):  # the last has no gradient at first
-                parameter.grad = (1 + step) * noise(10 * step + i + 50, *parameter.shape).to(dtype)
+                parameter.grad = ((1 + step) * noise(10 * step + i + 50, *parameter.shape)).to(DEVICE, dtype)
             norms.append(optimizer.gradient_norm())
             optimizer.step(norms[-1], settings.lr)
             assert all(p.grad is None for p in parameters)
+            assert all(torch.equal(p, m.to(dtype)) for p, m in zip(parameters, masters.tensors, strict=True))
         found.append([*masters.tensors, *parameters, *norms])
+    assert published == [PlainAdamW] * 4 + [kind] * 4
     for plain, fast in zip(*found, strict=True):
         torch.testing.assert_close(plain, fast, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the way of steps on a GPU needs one")
+def test_on_a_gpu_steps_are_one_kernel():
+    masters = Masters([nn.Parameter(torch.zeros(3, device="cuda"))], path="triton")
+    assert way_of_steps(masters, FullFineTuning()) == "triton"
+
+
+def test_the_way_of_steps_follows_path_device_and_penalties():
+    parameters = [nn.Parameter(torch.zeros(3))]
+    penalised = FullFineTuning(l2=L2ToStart(weight=1.0))
+    for path, way in (("plain", "plain"), ("fused", "fused"), ("triton", "fused")):
+        masters = Masters(parameters, path=path)
+        assert way_of_steps(masters, FullFineTuning()) == way
+        assert way_of_steps(masters, penalised) == "plain"
+        said = describe_steps(masters, penalised), describe_steps(masters, FullFineTuning())
+        assert ("penalty" in said[0]) == (path != "plain") and ("fused" in said[1]) == (way == "fused")
 
 
 def test_channels_last_is_the_same_autoencoder():

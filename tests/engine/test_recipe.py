@@ -102,6 +102,11 @@ def test_the_baseline_comes_first_and_once():
          f"adaptation.draws: should be a whole number or 'fresh', was '{'x' * 56}..."),
         ("window: {known_frames: 45}", "window: known_frames must be at least 1 and below total_frames (45), was 45"),
         ("sampler: {steps: 0}", "sampler: steps must be at least 1, was 0"),
+        (
+            "sampler: {cache_every: 0}",
+            "sampler: cache_every must be at least 1 (every layer runs at every step), was 0",
+        ),
+        ("sampler: {cache_every: 2.5}", "sampler.cache_every: should be a whole number, was 2.5"),
         ("seed: x\nwindow: {fps: x}\nkeep: 3", "seed: should be a whole number, was 'x' (and 2 more)"),
     ],
 )  # fmt: skip
@@ -212,6 +217,8 @@ UNREAD = [
      "with adaptation.objective: denoise no frame conditions"),
     ("sampler: {oscillate_text: false, oscillate_image: false, force_steps: 10}\nmethod: {kind: full}", "sampler.force_steps",
      "with sampler.oscillate_text and sampler.oscillate_image off every step guides"),
+    ("sampler: {cache_first: 3}\nmethod: {kind: full}", "sampler.cache_first",
+     "with sampler.cache_every: 1 every layer runs at every step"),
     *((f"adaptation: {{{key}: {value}}}\nmethod: {{kind: none}}", f"adaptation.{key}", NONE_KEYS)
       for key, value in [("objective", "denoise"), ("context_latents", 2), ("timesteps", "sampler"), ("draws", 4),
                          ("adapted_branches", "conditional"), ("temporal", 0.5), ("reset", "never")]),

@@ -38,13 +38,18 @@ class Branches:
 def test_default_settings_are_those_of_video_to_video():
     assert SamplerSettings() == SamplerSettings(
         steps=30, text_guidance=7.5, image_guidance=5.0, decreasing_image_weight=True, oscillate_text=True,
-        oscillate_image=True, force_steps=10, sdedit=True,
+        oscillate_image=True, force_steps=10, sdedit=True, cache_every=1,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("steps", 0, "steps must be at least 1, was 0"), ("force_steps", -1, "force_steps must be at least 0, was -1")],
+    [
+        ("steps", 0, "steps must be at least 1, was 0"),
+        ("force_steps", -1, "force_steps must be at least 0, was -1"),
+        ("cache_every", 0, r"cache_every must be at least 1 \(every layer runs at every step\), was 0"),
+        ("cache_first", -1, "cache_first must be at least 0, was -1"),
+    ],
 )
 def test_refuses_impossible_settings(field: str, value: int, message: str):
     with pytest.raises(ValueError, match=f"^{message}$"):

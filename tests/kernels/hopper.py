@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from vidtta.bench.kernel_cases import Sizes, all_cases
+from vidtta.bench.kernel_cases import SMALL, Sizes, all_cases
 from vidtta.bench.kernels import with_gradients
 from vidtta.kernels import common
 from vidtta.kernels.windows import Grid
@@ -33,7 +33,14 @@ SIZES = Sizes(
     draws=2,
     counted=(480,),
     chunk=((128, 2, 8, 12), (512, 2, 8, 12)),
+    network=SMALL.network,
 )
+
+
+LIBRARY = ("compiled", "two of flash")
+"""Implementations beside the kernels."""
+OPERATIONS = ("triton_kernel", "autograd_function", "vidtta.")
+"""What the compiler calls a kernel, one with gradients of its own, and one behind an operator of our own."""
 
 
 class Hopper:
@@ -96,7 +103,7 @@ def compile_all(only: list[str]) -> list[dict[str, Any]]:
             continue
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         for name, function in case.impls.items():
-            if name == "compiled":
+            if name in LIBRARY:
                 continue
             try:
                 with_gradients(function, inputs, case.trained, 1)
@@ -119,19 +126,18 @@ def trace_all(only: list[str]) -> list[dict[str, Any]]:
         names = [str(node.target) for node in graph.graph.nodes]
 
         def stop(*_: Any) -> Any:
-            ours = ("triton_kernel", "autograd_function", "vidtta.")
-            raise Captured(sum(any(word in name for word in ours) for name in names))
+            raise Captured(sum(any(kind in name for kind in OPERATIONS) for name in names))
 
         return stop
 
     rows: list[dict[str, Any]] = []
     for case in all_cases(SIZES):
-        if only and not any(case.op.startswith(op) for op in only):
+        if not case.traced or (only and not any(case.op.startswith(op) for op in only)):
             continue
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         leaves = [t.detach().requires_grad_(i in case.trained) for i, t in enumerate(inputs)]
         for name, function in case.impls.items():
-            if name == "compiled":
+            if name in LIBRARY:
                 continue
             torch._dynamo.reset()
             row: dict[str, Any] = {"traced": name, "for": case.key}

@@ -10,7 +10,7 @@ from vidtta.bench.step_scene import small_scene
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the interpreter")
 NAMES = [
-    "attention", "sample3 eager", "sample3 fused", "sample3 compiled", "lora eager", "lora fused",
+    "attention", "sample3 eager", "sample3 fused", "sample3 fused, reused", "sample3 compiled", "lora eager", "lora fused",
     "delta steps mid eager", "delta steps mid fast", "full eager", "full fused, not compiled",
 ]  # fmt: skip
 FLOAT8 = ["sample3 fused, float8", "lora fused, float8", "float8 weights"]
@@ -23,7 +23,7 @@ def test_rows_run_and_agree_with_the_eager_path():
     assert list(rows) == [*NAMES, *FLOAT8] and not [row for row in rows.values() if "error" in row]
     compared = [name for name, row in rows.items() if row.get("distance_from_eager", 1) < 1e-5]
     assert compared == [
-        "sample3 fused", "sample3 compiled", "lora fused", "delta steps mid fast", "full fused, not compiled",
+        "sample3 fused", "sample3 fused, reused", "sample3 compiled", "lora fused", "delta steps mid fast", "full fused, not compiled",
     ]  # fmt: skip
     for name in ("sample3 fused", "lora fused", "full eager", "delta steps mid fast"):
         assert rows[name]["gb_per_s"] > 0 and rows[name]["share_of_copy"] > 0 and rows[name]["path"]

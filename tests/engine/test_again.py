@@ -1,0 +1,70 @@
+"""Parts of a layer computed again in the backward pass: the same bits, and what is then kept, compiled or not."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vidtta.engine.methods.full import FullFineTuning
+from vidtta.engine.methods.lora import LoRA
+from vidtta.engine.models import fused
+from vidtta.engine.models.paths import Paths, use_paths
+from vidtta.kernels.common import INTERPRETED
+
+from .tiny import tiny_dit, tiny_task
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+METHODS = [FullFineTuning(), LoRA(rank=4), LoRA(rank=4, targets=("attn.qkv", "mlp.fc1"))]
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+@pytest.mark.parametrize("method", METHODS, ids=["full", "lora", "lora fc1"])
+def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, monkeypatch):
+    alive: list[Any] = []
+    rope = fused.qk_norm_rope
+
+    def watched(*inputs: Any) -> tuple[Tensor, ...]:
+        out = rope(*inputs)
+        alive.extend(weakref.ref(t) for t in out[:2])
+        return out
+
+    monkeypatch.setattr(fused, "qk_norm_rope", watched)
+    found = []
+    for remade in ((), ("rotation",), ("rotation", "hidden")):
+        model = tiny_dit(depth=1).to(DEVICE)
+        use_paths(model, Paths(kernels="triton", remade=remade))
+        task, parameters = tiny_task(model), method.attach(model, 0).masters.parameters
+        alive.clear()
+        loss = task.loss(task.draw(0))
+        gc.collect()
+        assert sum(reference() is not None for reference in alive) == (0 if remade else 2 * len(model.layers))
+        found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for other in found[1:]:
+        assert len(other) > 1 and all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="traced with a stand-in for a GPU")
+def test_what_a_compiled_layer_keeps(tmp_path):
+    """In widths of the network a token: full fine-tuning 20 and LoRA 16 with the low-rank columns (16 of 48 here) apart; where queries,
+    keys and values are made again four fewer, as attention's result then counts once; a frozen MLP's hidden layer is four more."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.engine.kept"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 12
+    low_rank = 2 / 3
+    for row in rows:
+        remade, full = row["remade"], row["method"] == "full"
+        expected = 20 if full else 16 + low_rank
+        expected -= 4 * ("rotation" in remade) + (4 * ("hidden" in remade) if not full else 0)
+        assert sum(row["kept"].values()) == pytest.approx(expected, abs=0.2), row
+        assert list(row["kept"].values()).count(4.0) == (1 if full or "hidden" not in remade else 0)
