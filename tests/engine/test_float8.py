@@ -113,7 +113,7 @@ def test_the_six_linears_of_a_layer_are_the_references_and_no_other():
 
 
 @pytest.mark.parametrize("way", ["compiled", "triton"])
-def test_every_path_takes_it(way: str):
+def test_every_path_takes_it(way: str, monkeypatch: pytest.MonkeyPatch):
     """Also where the activation is joined to a product, and where LoRA is one product."""
     if way == "triton" and not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("Triton needs a GPU or its interpreter")
@@ -127,7 +127,7 @@ def test_every_path_takes_it(way: str):
         gelu_in_product=True,
     )
     for method in (NoAdaptation(), LoRA(rank=4, targets=("attn.qkv", "attn.proj", "mlp.fc1", "cross_attn.kv_linear"))):
-        results = []
+        results, exact = [], torch.empty(0)
         for chosen in (None, paths):
             use_paths(model, chosen)
             adapter = method.attach(model, 0)
@@ -138,8 +138,14 @@ def test_every_path_takes_it(way: str):
                         module.B.copy_(noise(1, *module.B.shape) * 0.1)
                     module.refresh()
             results.append(velocities(model, 5))
+            with monkeypatch.context() as patch:
+                patch.setattr(float8_module.Rule, "serves", lambda *inputs: False)
+                torch._dynamo.reset()
+                exact = velocities(model, 5)
+                torch._dynamo.reset()
             adapter.detach()
-        torch.testing.assert_close(*results, rtol=2e-4, atol=2e-4)
+        # Not number by number: where another order of sums tips a rounding to 8 bits, a token moves by a step of it.
+        assert distance(*results) < 1e-3 < 1e-2 < distance(results[0], exact)
 
 
 def test_captions_and_clips_compile_nothing_anew_and_weights_that_change_neither():
