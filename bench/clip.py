@@ -164,12 +164,12 @@ def speedup(scene: "Scene", experiment: Experiment, known: Known, adapter: Any, 
 ROWS: dict[str, Callable[[Clips], Row]] = {
     **{f"clip {name} {path}": clip(name, path) for name in CASES for path in ("plain", "fast")},
     **{f"clip {name} compiled": clip(name, "compiled") for name in ("none", "lora")},
+    **{f"clip {name} float8": clip(name, "float8") for name in ("none", "lora", "full", "delta_pre")},
     **{
         f"clip {name} fast, cached every {n}": clip(name, "fast", n)
         for name in ("none", "lora", "delta_pre")
         for n in (2, 3)
     },
-    **{f"clip {name} float8": clip(name, "float8") for name in ("none", "lora", "full", "delta_pre")},
 }
 
 

@@ -160,8 +160,6 @@ def optimize(
                     f"the loss or its gradient is not finite at step {step}; a smaller lr may help"
                 )
             optimizer.step(norm, settings.lr * settings.rate(step, settings.steps))
-            # Kernels write weights without telling; what is made of these asks for their version (models/float8.py).
-            torch.autograd.graph.increment_version(masters.parameters)
             if isinstance(optimizer, PlainAdamW) and penalties:
                 trace.penalties.append(optimizer.penalty)
             trace.steps += 1

@@ -220,8 +220,10 @@ class CrossAttention(nn.Module):
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         others = known_text if geometry.known else None
         if backends.cross == "triton" and text.mask is None and (others is None or others.mask is None):
-            known = () if others is None else (others.keys, others.values, geometry.known_tokens)
-            out = caption_attention(q, text.keys, text.values, *known)
+            keys, values, split = (
+                (None, None, 0) if others is None else (others.keys, others.values, geometry.known_tokens)
+            )
+            out = caption_attention(q, text.keys, text.values, keys, values, split)
         elif known_text is None or geometry.known == 0:
             out = attend_to_few(q, text.keys, text.values, text.mask, backends.cross)
         else:

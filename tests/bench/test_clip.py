@@ -32,12 +32,6 @@ def test_a_row_has_phases_memory_path_and_what_is_kept():
     assert row["inference_speedup_from_cached_activations"] == pytest.approx(faster) and faster > 1
 
 
-def test_a_row_in_float8_tells_what_quantising_anew_costs():
-    row = row_of("clip full float8")
-    assert "error" not in row, row
-    assert row["seconds"]["quantise"] > 0 and "frozen linears in float8" in row["path"]
-
-
 def test_a_cached_row_says_what_was_reused_and_how_far_it_lies_from_the_exact_path():
     quality = Quality(CPU, torch.float32, clips=1, steps=2, short=True)
     row = row_of("clip none fast, cached every 2", quality=quality)
@@ -57,6 +51,12 @@ def test_the_table_of_the_feature_cache(capsys: pytest.CaptureFixture[str]):
     ]  # fmt: skip
     assert rows[0][5] == "same bits" and all(15 < float(row[5]) < 60 for row in rows[1:])
     assert caching.SAMPLERS["demo"] == SamplerSettings(steps=10, text_guidance=1.0, image_guidance=1.0)
+
+
+def test_a_row_in_float8_tells_what_quantising_anew_costs():
+    row = row_of("clip full float8")
+    assert "error" not in row, row
+    assert row["seconds"]["quantise"] > 0 and "frozen linears in float8" in row["path"]
 
 
 def test_a_row_that_leaves_weights_changed_has_no_time(monkeypatch: pytest.MonkeyPatch):
