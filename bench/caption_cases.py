@@ -36,12 +36,9 @@ def caption_cases(s: "Sizes") -> Iterator["Case"]:
             return caption_attention.caption_attention(*t, split=split)
 
         def apart(q: Tensor, k: Tensor, v: Tensor, known_k: Tensor, known_v: Tensor, split: int = split) -> Tensor:
-            known = (t.expand(q.shape[0], -1, -1, -1) for t in (known_k, known_v))
-            parts = (
-                attend_to_few(q[:, :split], *known, None, "flash"),
-                attend_to_few(q[:, split:], k, v, None, "flash"),
-            )
-            return torch.cat(parts, dim=1)
+            known_k, known_v = (t.expand(q.shape[0], -1, -1, -1) for t in (known_k, known_v))
+            known = attend_to_few(q[:, :split], known_k, known_v, None, "flash")
+            return torch.cat([known, attend_to_few(q[:, split:], k, v, None, "flash")], dim=1)
 
         moved = B * N * H * d
         products = 4 * B * N * KEYS * H * d

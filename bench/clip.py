@@ -62,7 +62,7 @@ def clip(name: str, path: str, every: int = 1) -> Callable[[Clips], Row]:
     def run(clips: Clips) -> Row:
         from ..engine.models.checkpoint import state_hash
         from .clip_quality import PATHS, path_of, reused_share
-        from .step_scene import describe_path
+        from .step_scene import describe
 
         scene = clips.scene
         method, adaptation = CASES[name]
@@ -98,7 +98,7 @@ def clip(name: str, path: str, every: int = 1) -> Callable[[Clips], Row]:
                     "ms_a_step": 1e3 * outcome.seconds["adapt"] / max(outcome.trace.steps, 1), "steps": outcome.trace.steps,
                     "peak_gib": max(encoding_peak, (outcome.peak_memory_bytes or 0) / 2**30), "trained": outcome.change.trained,
                     "losses": outcome.trace.losses[:1] + outcome.trace.losses[-1:],
-                    "path": f"{describe_path(scene.paths(PATHS[path][0]))}; VAE channels {PATHS[path][1]}",
+                    "path": f"{describe(scene, PATHS[path][0])}; VAE channels {PATHS[path][1]}",
                 }  # fmt: skip
                 if cached:
                     row |= {"layers": outcome.layers, "layers_reused": reused_share(outcome.layers)}
@@ -164,6 +164,7 @@ def speedup(scene: "Scene", experiment: Experiment, known: Known, adapter: Any, 
 ROWS: dict[str, Callable[[Clips], Row]] = {
     **{f"clip {name} {path}": clip(name, path) for name in CASES for path in ("plain", "fast")},
     **{f"clip {name} compiled": clip(name, "compiled") for name in ("none", "lora")},
+    **{f"clip {name} float8": clip(name, "float8") for name in ("none", "lora", "full", "delta_pre")},
     **{
         f"clip {name} fast, cached every {n}": clip(name, "fast", n)
         for name in ("none", "lora", "delta_pre")

@@ -16,13 +16,14 @@ from ..engine.feature_cache import FeatureCache
 from ..engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from ..engine.methods.delta import DeltaAdapter
 from ..engine.methods.protocol import Adapter, Method
+from ..engine.models.float8 import use_float8
 from ..engine.models.paths import records, use_paths
 from ..engine.models.stdit3 import Condition
 from ..engine.models.vae_fast import use_channels_last, use_plain
 from ..engine.recorded import CAPTION_LENGTHS, Records
 from ..kernels.attention import Shape, choose, measure, self_attention_shapes
 from . import work
-from .step_scene import Scene, describe_path
+from .step_scene import FLOAT8, Scene, describe, describe_path
 
 Row = dict[str, Any]
 FARTHEST = 0.05  # of a result from the eager path's, relative; beyond it a row has no time
@@ -33,10 +34,12 @@ FIXED = AdaptationSettings(timesteps="sampler", draws=8)
 def on(scene: Scene, name: str) -> Iterator[None]:
     """Compute the layers by a named path for a while; graphs of the path before are forgotten, so they cost no memory."""
     use_paths(scene.experiment.dit, scene.paths(name))
+    use_float8(scene.experiment.dit, "all" if name.endswith(FLOAT8) else None)
     try:
         yield
     finally:
         use_paths(scene.experiment.dit, None)
+        use_float8(scene.experiment.dit, None)
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def sampling(path: str, branches: int, reused: bool = False) -> Callable[[Scene]
             row, found = scene.watch.measure(lambda: step(z, t, all_branches=branches == 3))
             row |= compared(scene, f"sampling {branches}", torch.cat(found))
             row |= scene.rates(row["ms"], work.forward(config, branches, scene.grid(T), scene.length, size=size))
-            row["path"] = describe_path(scene.paths(path))
+            row["path"] = describe(scene, path)
             before = scene.watch.graphs()
             if path != "eager":
                 for length in scene.lengths:
@@ -155,7 +158,7 @@ def training(
                 row |= {"losses": [trace.losses[0], trace.losses[-1]], "trained": adapter.change().trained}
                 row |= compared(scene, f"{method.kind} losses", torch.tensor(trace.losses))
                 row |= scene.rates(row["ms"], step_work(scene, method, row["trained"]))
-                row["path"] = describe_path(scene.paths(path))
+                row["path"] = describe(scene, path)
                 if path != "eager":
                     before = scene.watch.graphs()
                     for length in scene.lengths:
@@ -174,6 +177,24 @@ def training(
         return row
 
     return run
+
+
+def float8_weights(scene: Scene) -> Row:
+    """Quantising every weight anew, as after full fine-tuning, once a clip."""
+    dit = scene.experiment.dit
+    with on(scene, f"fused{FLOAT8}"):
+        copies = dit.float8
+        assert copies is not None
+
+        def refresh() -> int:
+            for _, copy in copies.pairs():
+                copy.version = (0, 0)  # no weight's
+            return copies.refresh()
+
+        row, count = scene.watch.measure(refresh)
+        numbers = sum(linear.weight.numel() for linear, _ in copies.pairs())
+        row |= scene.rates(row["ms"], work.Work((scene.size + 1) * numbers, 0))
+        return row | {"weights": count, "float8_gib": copies.bytes / 2**30, "path": "quantize_rows, in place"}
 
 
 def step_work(scene: Scene, method: Method, trained: int) -> work.Work:
@@ -361,6 +382,12 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full fused": training(FULL, "fused"),
     "clip lora fused": whole("fused", "last triton", adapted=True),
     "clip lora fused, not compiled": whole("fused, not compiled", "last triton", adapted=True),
+    "sample3 fused, float8": sampling(f"fused{FLOAT8}", 3),
+    "sample1 fused, float8": sampling(f"fused{FLOAT8}", 1),
+    "sample3 fused, not compiled, float8": sampling(f"fused, not compiled{FLOAT8}", 3),
+    "lora fused, float8": training(LORA, f"fused{FLOAT8}"),
+    "lora fused, not compiled, float8": training(LORA, f"fused, not compiled{FLOAT8}"),
+    "float8 weights": float8_weights,
     "sample3 compiled": sampling("compiled", 3),
     "sample3 compiled + attention": sampling("compiled + attention", 3),
     "lora compiled": training(LORA, "compiled"),

@@ -24,6 +24,8 @@ from .work import Work
 LENGTHS = (17, 60, 101, 203, 300)
 """Caption lengths in tokens, over which nothing may compile anew."""
 LENGTH = 60
+FLOAT8 = ", float8"
+"""At the end of a path's name: with the frozen linear layers in float8, in all work."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Scene:
 
     def paths(self, name: str) -> Paths | None:
         """eager: the plain path; compiled: the plain code through torch.compile; fused: the kernels, compiled around."""
+        name = name.removesuffix(FLOAT8)
         if name == "eager":
             return None
         attention = {"attention": self.choice, "cross": "flash" if self.device.type == "cuda" else None}
@@ -101,6 +104,11 @@ class Scene:
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]
+
+
+def describe(scene: Scene, name: str) -> str:
+    """Which code a path's name stands for, in a few words."""
+    return describe_path(scene.paths(name)) + (", frozen linears in float8" if name.endswith(FLOAT8) else "")
 
 
 def describe_path(paths: Paths | None) -> str:

@@ -192,4 +192,5 @@ def describe_choices(paths: dict[str, Any], ways: dict[str, str]) -> str:
         attention = "torch's choice"
     parts = [f"{work} {paths[work]}" for work in WORKS if paths.get(work)]
     parts += [f"features cached {paths['feature_cache']}"] if "feature_cache" in paths else []
+    parts += [f"float8 {paths['float8']}"] if "float8" in paths else []
     return "; ".join([*parts, f"attention {attention}", *(f"{part}: {way}" for part, way in ways.items())])

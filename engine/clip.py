@@ -196,6 +196,9 @@ def finish(
         )
     device, more = experiment.dit.device, []
     with torch.no_grad():
+        if experiment.dit.float8 is not None:
+            with timed(seconds, "quantise", device):
+                experiment.dit.float8.refresh()
         with timed(seconds, "sample", device):
             latents, made_from, layers = sample_continuation(experiment, known, adapter, progress)
         with timed(seconds, "decode", device):

@@ -78,6 +78,7 @@ class Denoiser:
         records: Records | None = None,
         cache: FeatureCache | None = None,
     ) -> None:
+        self.model = model
         self.base_weights = base_weights
         assert records is None or cache is None, "a step with a feature cache is not recorded"
         self.compute = records or velocities_of(model, geometry, fps)
@@ -110,6 +111,8 @@ class Denoiser:
         known_text: TextStates,
         condition: Condition,
     ) -> tuple[Tensor, ...]:
+        if self.model.float8 is not None:
+            self.model.float8.refresh()  # a record does not look whether the weights are those that it was made with
         through = {} if self.cache is None else {"through": partial(self.cache.run, branches)}
         found = self.compute(z, t, condition.latents, condition.mask, *joined((text, known_text)), **through)
         return found.clone().split(1)  # the next record may lie there

@@ -142,8 +142,14 @@ class Session:
                 "device": self.models.dit.device.type,
                 "weights": self.models.hashes,
                 **({"paths": paths} if paths else {}),
+                **self._float8,
             }
         )
+
+    @property
+    def _float8(self) -> dict[str, str]:
+        """Where linear layers compute in float8; nothing where none do, so results from before the key stay valid."""
+        return {} if self.recipe.model.float8 == "none" else {"float8": self.recipe.model.float8}
 
     def settings(self, arm: str) -> dict[str, Any]:
         """Everything that shapes an arm's results except the clip, as plain JSON."""
@@ -330,6 +336,7 @@ class Session:
             "vidtta": describe_code(),
             "torch": torch.__version__,
             **self.choices.to_json(),
+            **self._float8,
             "posterior": self.recipe.window.posterior,
             **(
                 {"feature_cache": f"every {s.cache_every} steps after {s.cache_first} layers"}

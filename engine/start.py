@@ -12,6 +12,7 @@ from .continual import share_stretches
 from .errors import UserError
 from .metrics.lpips import LPIPS
 from .metrics.optical_flow import require_flow
+from .models.float8 import put_float8_in_force
 from .models.load import load_models
 from .rundir import RunDirectory
 from .search import raise_unless_disjoint
@@ -84,4 +85,5 @@ def _with_paths(session: Session, say: Callable[[str], None]) -> Session:
     tokens = recipe.window.known_latents * rows * cols
     strict = recipe.model.kernels == "triton"
     put_in_force(choices, experiment.dit, experiment.vae, features_tokens=tokens, strict=strict)
+    put_float8_in_force(experiment.dit, recipe.model, tokens)
     return replace(session, choices=choices)

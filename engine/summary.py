@@ -148,7 +148,7 @@ def path_lines(rows: list[Row], arms: list[str]) -> list[str]:
     for arm in arms:
         done = [row for row in rows if row["arm"] == arm and row["status"] == "done"]
         paths = list(dict.fromkeys(row.get("paths") or "" for row in done))
-        if not any(word in path for path in paths for word in ("compile", "triton", "features cached")):
+        if not any(word in path for path in paths for word in ("compile", "triton", "features cached", "float8")):
             continue
         lines += [f"paths of {arm}: {path}" for path in paths]
         made = [row.get("graphs") or 0 for row in done]

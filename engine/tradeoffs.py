@@ -53,7 +53,8 @@ def seconds_a_clip(results: Sequence[Result]) -> float | None:
     spent = [result["cost"]["seconds"] for result in results]
     if not spent or any(phase not in one for one in spent for phase in PHASES):
         return None
-    return sum(one[phase] for one in spent for phase in PHASES) / len(spent)
+    quantised = sum(one.get("quantise", 0.0) for one in spent)  # a phase of float8 alone
+    return (sum(one[phase] for one in spent for phase in PHASES) + quantised) / len(spent)
 
 
 def peak_gib(results: Sequence[Result]) -> float | None:

@@ -1,6 +1,7 @@
 """What a run would choose on this machine, and whether each method then computes what the plain path does: random weights, no data.
 
-Run: python -m vidtta.engine.try_paths [--small] [--out FILE.json] [--kernels K] [--compile C] [--attention A] [--methods NAME ...]
+Run: python -m vidtta.engine.try_paths [--small] [--out FILE.json] [--methods NAME ...]
+         [--kernels K] [--compile C] [--attention A] [--float8 F]        (as the keys of model)
 
 STDiT3-XL/2 and the published VAE's sizes at 640x480 in bfloat16; --small: two layers in float32, for a CPU. Each method adapts in a few
 steps and samples in four: on the plain path, then three clips on the chosen one, the last of which has another caption length. Needs
@@ -24,6 +25,7 @@ from .determinism import make_deterministic
 from .environment import describe_environment, device_name
 from .methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, LoRA, NoAdaptation
 from .models.checkpoint import state_hash
+from .models.float8 import put_float8_in_force, use_float8
 from .models.paths import use_paths
 from .models.settings import ModelSettings
 from .models.stdit3 import Caption, STDiT3, STDiT3Config
@@ -58,8 +60,9 @@ def build(device: torch.device, small: bool) -> Experiment:
     return Experiment(network, coder, Window(), size, SamplerSettings(steps=4, force_steps=2), FIXED, 0)
 
 
-def try_method(experiment: Experiment, name: str, choices: Choices, strict: bool) -> dict[str, Any]:
-    """A method on the plain path and on the chosen one: relative distance of what is generated, seconds, graphs, bits twice."""
+def try_method(experiment: Experiment, name: str, choices: Choices, asked: ModelSettings) -> dict[str, Any]:
+    """A method on the plain path and on the chosen one, there in float8 where that is asked for: relative distance of what is
+    generated, seconds, graphs, bits twice."""
     method, adaptation = METHODS[name]
     experiment = replace(experiment, adaptation=adaptation)
     dit, vae, window = experiment.dit, experiment.vae, experiment.window
@@ -77,7 +80,9 @@ def try_method(experiment: Experiment, name: str, choices: Choices, strict: bool
         plain = one(LENGTHS[0])
         adapter.detach()
         rows, cols = (-(-side // 16) for side in experiment.pixel_size)
-        put_in_force(choices, dit, vae, features_tokens=window.known_latents * rows * cols, strict=strict)
+        tokens = window.known_latents * rows * cols
+        put_in_force(choices, dit, vae, features_tokens=tokens, strict=asked.kernels == "triton")
+        put_float8_in_force(dit, asked, tokens)
         adapter = method.attach(dit, 0)
         first, again, other = (one(length) for length in LENGTHS)
         adapter.detach()
@@ -95,6 +100,7 @@ def try_method(experiment: Experiment, name: str, choices: Choices, strict: bool
     except Exception as error:  # the other methods are tried all the same
         row["error"] = f"{type(error).__name__}: {error}"[:500]
     finally:
+        use_float8(dit, None)
         use_paths(dit, None)
         use_plain(vae)
     row["restored"] = state_hash(dit) == before
@@ -113,14 +119,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write what was found as JSON, after each method")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--nondeterministic", action="store_true", help="as model.deterministic: false")
-    for key in ("kernels", "compile", "attention"):
-        parser.add_argument(f"--{key}", choices=get_args(kinds[key]), default="auto", help=f"as model.{key}")
+    for key in ("kernels", "compile", "attention", "float8"):
+        default = getattr(ModelSettings(), key)
+        parser.add_argument(f"--{key}", choices=get_args(kinds[key]), default=default, help=f"as model.{key}")
     arguments = parser.parse_args(words)
     if not arguments.nondeterministic:
         make_deterministic()
     device = torch.device("cpu" if arguments.small else "cuda")
     experiment = build(device, arguments.small)
-    asked = ModelSettings(kernels=arguments.kernels, compile=arguments.compile, attention=arguments.attention)
+    given = {key: getattr(arguments, key) for key in ("kernels", "compile", "attention", "float8")}
+    asked = ModelSettings(**given, dtype="float32" if arguments.small else "bfloat16")
     found: dict[str, Any] = {"environment": describe_environment(device), "asked": asdict(asked), "methods": []}
     with tempfile.TemporaryDirectory() as folder:
         choices = choose_paths(
@@ -136,7 +144,7 @@ def main(words: list[str] | None = None) -> None:
         found["choices"] = json.loads(path.read_text()) if path.exists() else choices.to_json()
     print(json.dumps(found["choices"], indent=1), flush=True)
     for name in arguments.methods:
-        row = try_method(experiment, name, choices, strict=arguments.kernels == "triton")
+        row = try_method(experiment, name, choices, asked)
         print(json.dumps(row), flush=True)
         found["methods"].append(row)
         if arguments.out:

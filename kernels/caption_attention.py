@@ -224,7 +224,7 @@ def _backward(
         N, split, L, L_known, most, *strides, d**-0.5 * LOG2_E, d**-0.5, TEXT=text, **options,
     )  # fmt: skip
     if not text:
-        return dq, *(q.new_empty(0) for _ in range(4))
+        return dq, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
     known_blocks = cdiv(split, BLOCK_M)
 
     def joined(parts: Tensor, like: Tensor) -> Tensor:

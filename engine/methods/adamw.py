@@ -110,6 +110,9 @@ class FusedAdamW:
                 lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
             )  # fmt: skip
+            torch.autograd.graph.increment_version(
+                masters
+            )  # fused kernels write without telling (models/float8.py asks)
             for parameter in parameters:
                 parameter.grad = None
         m.publish()
@@ -153,6 +156,7 @@ class OnePassAdamW:
         s = self.settings
         rates = adamw_step.Rates(lr, s.betas, s.eps, s.weight_decay)
         adamw_step.adamw_step(self.state, clip_divisor(norm, s), rates)
+        torch.autograd.graph.increment_version(self.masters.parameters)  # as above
         for parameter in self.masters.parameters:
             parameter.grad = None
         self.masters.on_publish()

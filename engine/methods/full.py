@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adaptation import AdaptationSettings, Draw, Task
+from ..models.float8 import float8_everywhere
 from ..models.paths import method_path, records
 from ..models.stdit3 import Caption, STDiT3
 from ..recorded import Records
@@ -51,6 +52,8 @@ class FullAdapter:
             "optimizer": describe_steps(self.masters, settings),
             "steps": "recorded" if records(model, "training") else "launched",
         }
+        if float8_everywhere(model):
+            self.ways["float8"] = "sampling alone, as every weight is trained"
         self.recorded: RecordedLoss | None = None
         self.sampling: Records | None = None
         self.fisher: Fisher | None = None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
+from ..models.float8 import float8_everywhere
 from ..models.lora_linear import LoRALinear
 from ..models.paths import method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
@@ -91,9 +92,10 @@ class LoRAAdapter:
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
         fast = method_path(model) != "plain"
-        self.extends = fast and settings.rank <= MAX_RANK
+        in_float8 = float8_everywhere(model)
+        self.extends = fast and settings.rank <= MAX_RANK and not in_float8
         why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
-        if fast and not self.extends:
+        if fast and not self.extends and not in_float8:
             raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -104,10 +106,11 @@ class LoRAAdapter:
         trained = [p for a in self.adapters.values() for p in (a.A, a.B)]
         self.masters = Masters(trained, self._refresh, path=method_path(model))
         self.prefixed = settings.cache_prefix
+        products = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
         self.ways = {
             "steps": "recorded" if records(model, "training") else "launched",
             **({"prefix": "recorded" if records(model, "features") else "launched"} if self.prefixed else {}),
-            "lora": "one product" if self.extends else "three products" + (f" ({why})" if fast else ""),
+            "lora": "one product" if self.extends else products,
             "optimizer": describe_steps(self.masters, settings),
         }
         self.trains_text = "cross_attn.kv_linear" in settings.targets

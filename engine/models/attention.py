@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.attention import attend as attend_by
 from ...kernels.caption_attention import caption_attention
+from .float8 import Linear
 from .geometry import WINDOW, Geometry
 from .rope import apply_rope
 
@@ -55,10 +56,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.windowed = windowed
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // heads)
         self.k_norm = RMSNorm(dim // heads)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, geometry: Geometry, backends: Backends = DEFAULT) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each [B, N, H, d]
@@ -199,9 +200,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_linear = nn.Linear(dim, dim)
-        self.kv_linear = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q_linear = Linear(dim, dim)
+        self.kv_linear = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def keys_values(self, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a projected caption, [B, L, H, d] each."""
@@ -219,8 +220,10 @@ class CrossAttention(nn.Module):
         q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         others = known_text if geometry.known else None
         if backends.cross == "triton" and text.mask is None and (others is None or others.mask is None):
-            known = () if others is None else (others.keys, others.values, geometry.known_tokens)
-            out = caption_attention(q, text.keys, text.values, *known)
+            keys, values, split = (
+                (None, None, 0) if others is None else (others.keys, others.values, geometry.known_tokens)
+            )
+            out = caption_attention(q, text.keys, text.values, keys, values, split)
         elif known_text is None or geometry.known == 0:
             out = attend_to_few(q, text.keys, text.values, text.mask, backends.cross)
         else:

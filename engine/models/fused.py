@@ -9,6 +9,9 @@
     full fine-tuning: norm and its linear layer      the norm again in the backward          kernels/norm_linear.py
                       GELU and its linear layer      GELU again in the backward              gelu_linear.py
 
+In float8 (float8.py) a frozen product is its quantisation in one pass, of an MLP's hidden state with the activation, and the library's
+product; a low-rank addition then joins in a product of its own.
+
 Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
 """
 
@@ -26,6 +29,7 @@ from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
 from .again import Again, again
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
+from .float8 import in_float8
 from .gelu_linear import gelu_linear
 from .geometry import Geometry
 from .lora_linear import LoRALinear
@@ -78,7 +82,7 @@ def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """The linear layer of the modulated norm, its low-rank addition inside; where it is trained, the norm's result is not kept."""
-    if isinstance(linear, LoRALinear) and linear.extended is not None:
+    if isinstance(linear, LoRALinear) and linear.extended is not None and not in_float8(linear.base, x):
         n = norm_modulate(x, shift, scale, linear.A)
         return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
     if _trained(linear):
@@ -106,7 +110,8 @@ def _self_attention(
 
 def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
     """x + gate * proj(a), a in window order where there is a grid."""
-    if isinstance(proj, LoRALinear) and proj.extended is not None:  # else a rank that the kernel does not take
+    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, a):
         base = proj.base
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
+    # Also where a rank is more than the kernel takes.
     return gate_residual(x, proj(a), gate, grid)

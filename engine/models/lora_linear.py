@@ -3,7 +3,8 @@
 Two ways. Apart: three products, each rounded, as adapters are usually written. Extended: one product with K longer by the rank,
 [x, x A^T] [W, s B]^T, so that the addition joins in the float32 accumulator and costs no second pass over the output; its
 backward gives the gradients of x and of x A^T in one product too, and makes none for the frozen W. The addition is never
-merged into 16-bit weights, which would round small updates away.
+merged into 16-bit weights, which would round small updates away. Where the frozen layer computes in float8 (float8.py) the addition
+joins its result, itself in the input's dtype.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.lora_linear import extend_weight, write_up
+from .float8 import in_float8
 
 
 class LoRALinear(nn.Module):
@@ -45,6 +47,9 @@ class LoRALinear(nn.Module):
         return self.scale * (self.B.to(dtype).float() @ self.A.to(dtype).float())
 
     def forward(self, x: Tensor) -> Tensor:
+        if in_float8(self.base, x):
+            z, up = F.linear(x, self.A.to(x.dtype)).flatten(0, -2), self.B.to(x.dtype)
+            return torch.addmm(self.base(x).flatten(0, -2), z, up.T, alpha=self.scale).view(*x.shape[:-1], -1)
         if self.extended is not None:
             return _Extended.apply(x, self.extended, self.base.bias, self.A, self.B, self.scale)  # type: ignore[return-value]
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

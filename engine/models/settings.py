@@ -33,6 +33,10 @@ class ModelSettings:
     """Which attention: one of these at every shape, torch (PyTorch's own choice), or auto: the fastest by measurement on each shape
     of a GPU, PyTorch's choice on the plain path."""
 
+    float8: Literal["none", "sampling", "all"] = "none"
+    """Compute the layers' frozen linear layers in 8 bits (e4m3, a scale a token and an output channel): nowhere, in sampling, or also
+    in the steps and features of weights that the method leaves frozen. Changes results: arms that are compared share it."""
+
     def __post_init__(self) -> None:
         if self.kernels == "plain" and self.compile in ("all", "training"):
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DEFAULT, Backends, CrossAttention, LayerText, SelfAttention, TextStates
+from .float8 import Float8, Linear, in_float8
 from .geometry import Geometry, build_geometry
 from .rope import Rope
 
@@ -116,14 +117,17 @@ class ScalarEmbed(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim_in: int, hidden: int, dim_out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim_in, hidden)
-        self.fc2 = nn.Linear(hidden, dim_out)
+        self.fc1 = Linear(dim_in, hidden)
+        self.fc2 = Linear(hidden, dim_out)
         self.first: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """Product and activation in one, of x, weight and bias; serves where nothing is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.first is not None and isinstance(self.fc1, nn.Linear) and not torch.is_grad_enabled():
-            return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
+        if not torch.is_grad_enabled():
+            if in_float8(self.fc2, x):
+                return self.fc2.product(self.fc1(x), gelu=True)
+            if self.first is not None and isinstance(self.fc1, nn.Linear) and not in_float8(self.fc1, x):
+                return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -244,6 +248,8 @@ class STDiT3(nn.Module):
         self.final_layer = FinalLayer(dim, 2 * channels)
         self.paths: AnyPaths | None = None
         """How the layers are computed; None is the plain path (paths.py)."""
+        self.float8: Float8 | None = None
+        """The copies of weights that compute in float8 (float8.py); None where none do."""
         self.recompute = False
         """Whether a layer's activations are computed again for the backward pass, not kept (recompute.py)."""
 
@@ -322,6 +328,8 @@ class STDiT3(nn.Module):
     ) -> Embedded:
         """The state after layers start .. stop - 1 (all by default)."""
         tokens = state.tokens
+        if self.float8 is not None:
+            self.float8.refresh(tokens.shape[:-1].numel())
         run = Layer.__call__ if self.paths is None else self.paths.prepare(self, tokens, (text, known_text), geometry)
         for index, layer in list(enumerate(self.layers))[start:stop]:
             known = None if known_text is None else known_text.at(index)

@@ -53,6 +53,12 @@ def test_the_table_of_the_feature_cache(capsys: pytest.CaptureFixture[str]):
     assert caching.SAMPLERS["demo"] == SamplerSettings(steps=10, text_guidance=1.0, image_guidance=1.0)
 
 
+def test_a_row_in_float8_tells_what_quantising_anew_costs():
+    row = row_of("clip full float8")
+    assert "error" not in row, row
+    assert row["seconds"]["quantise"] > 0 and "frozen linears in float8" in row["path"]
+
+
 def test_a_row_that_leaves_weights_changed_has_no_time(monkeypatch: pytest.MonkeyPatch):
     detach = LoRAAdapter.detach
 
@@ -76,6 +82,8 @@ def test_quality_stands_beside_cost_and_an_option_that_changes_the_result_is_see
     )
     same = quality.measure("none", "fast")
     assert same["psnr_to_exact"] > 60 and same["psnr"] == pytest.approx(plain["psnr"], abs=0.01)
+    rounded = quality.measure("none", "float8 alone")
+    assert 25 < rounded["psnr_to_exact"] < 80 and quality.scene.experiment.dit.float8 is None
     with torch.no_grad():
         quality.scene.experiment.dit.final_layer.linear.weight.mul_(1.05)
     assert quality.measure("none", "fast")["psnr_to_exact"] < 60

@@ -138,9 +138,9 @@ def no_step_taken(patch: Patch) -> None:
 
 
 def masters_in_bfloat16(patch: Patch) -> None:
-    def rounded(self, parameters, on_publish=lambda: None, *, fused=False):
+    def rounded(self, parameters, on_publish=lambda: None, *, path="plain"):
         self.parameters = self.tensors = list(parameters)
-        self.on_publish, self.fused = on_publish, fused
+        self.on_publish, self.path = on_publish, path
 
     patch.setattr(Masters, "__init__", rounded)
 

@@ -36,3 +36,14 @@ def test_methods_agree_with_the_plain_path_and_what_fails_is_told(tmp_path: Path
         assert row["graphs"][1:] == [0, 0] and row["graph_breaks"] == [0, 0, 0]
     assert lora["ways"]["lora"] == "one product" and len(lora["losses"][1]) == 4
     assert "rank must be at most" in full["error"] and full["restored"]
+
+
+def test_float8_is_tried_on_the_chosen_path(tmp_path: Path):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    out = tmp_path / "paths.json"
+    try_paths.main(["--small", "--float8", "all", "--methods", "lora", "full", "--out", str(out)])
+    torch.use_deterministic_algorithms(deterministic)
+    found = json.loads(out.read_text())
+    assert found["asked"]["float8"] == "all"
+    for row in found["methods"]:
+        assert row["same_bits_twice"] and row["restored"] and 1e-4 < row["latents_from_plain"] < 0.3

@@ -13,12 +13,14 @@ NAMES = [
     "attention", "sample3 eager", "sample3 fused", "sample3 fused, reused", "sample3 compiled", "lora eager", "lora fused",
     "delta steps mid eager", "delta steps mid fast", "full eager", "full fused, not compiled",
 ]  # fmt: skip
+FLOAT8 = ["sample3 fused, float8", "lora fused, float8", "float8 weights"]
 
 
 @on_cpu
 def test_rows_run_and_agree_with_the_eager_path():
-    rows = {row["row"]: row for row in steps.run(small_scene(torch.device("cpu")), NAMES, 600)}
-    assert list(rows) == NAMES and not [row for row in rows.values() if "error" in row]
+    scene = small_scene(torch.device("cpu"))
+    rows = {row["row"]: row for row in steps.run(scene, [*NAMES, *FLOAT8], 600)}
+    assert list(rows) == [*NAMES, *FLOAT8] and not [row for row in rows.values() if "error" in row]
     compared = [name for name, row in rows.items() if row.get("distance_from_eager", 1) < 1e-5]
     assert compared == [
         "sample3 fused", "sample3 fused, reused", "sample3 compiled", "lora fused", "delta steps mid fast", "full fused, not compiled",
@@ -29,6 +31,12 @@ def test_rows_run_and_agree_with_the_eager_path():
         rows["sample3 fused"]["flops"] == rows["sample3 eager"]["flops"] > 0 < rows["sample3 fused"]["share_of_product"]
     )
     assert rows["sample3 compiled"]["graphs_more"] == 0 and rows["sample3 compiled"]["breaks_more"] == 0
+    for name in FLOAT8[:2]:
+        assert 1e-5 < rows[name]["distance_from_eager"] < 0.05 and rows[name]["path"].endswith(
+            "frozen linears in float8"
+        )
+    assert rows["float8 weights"]["weights"] == 12 and rows["float8 weights"]["gb_per_s"] > 0
+    assert scene.experiment.dit.float8 is None
 
 
 @on_cpu

@@ -1,0 +1,117 @@
+"""A linear layer in float8: e4m3 rows times e4m3 output channels, summed in float32, scaled and rounded once to x's dtype.
+
+On a GPU the library's product with a scale a row (torch._scaled_mm) after one pass that quantises x (kernels/quantize_rows.py);
+elsewhere a reference that quantises, dequantises and multiplies in float32. The weight is frozen; the gradient of x is that of the
+unrounded layer, dy W with W in 16 bits: rounding has no useful derivative, and a float8 product would need scales along its sum and
+a transposed copy of every weight. Widths that are no multiples of 16 are padded with zeros, in x and W alike. An operator of its
+own, so that a compiler need not know the library's call.
+"""
+
+# pyright: reportPrivateImportUsage=false
+# (torch exports the scaled product under a private name alone)
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.common import check
+from ...kernels.quantize_rows import dequantized, padded, quantize_rows, quantize_rows_reference
+
+MULTIPLE = 16  # of both widths, as the library's product needs
+FAST_ACCUMULATION = False
+"""Whether sums stay in the tensor cores' shorter accumulators; off, they are carried to float32 every 128 terms."""
+
+
+def float8_linear_reference(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """The mathematics in float32, or in float64 for a float64 x; in x's dtype."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = dequantized(*quantize_rows_reference(x.to(wide), gelu))
+    weight = dequantized(values, scales.to(wide))[: bias.shape[0], : x.shape[-1]]
+    return F.linear(rows, weight, bias.to(wide)).to(x.dtype)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """values [Q, P] float8_e4m3fn and scales [Q, 1] float32 of a weight [N, K], both sides padded to multiples of 16 with zeros. out:
+    what this gave earlier, to write into."""
+    N, K = weight.shape
+    if out is None:
+        shape = padded(N, MULTIPLE), padded(K, MULTIPLE)
+        values = torch.zeros(shape, device=weight.device).to(torch.float8_e4m3fn)
+        out = values, torch.ones(shape[0], 1, device=weight.device)
+    kept = out[0][:N], out[1][:N]
+    if weight.is_cuda:
+        quantize_rows(weight.detach(), multiple=MULTIPLE, out=kept)
+    else:
+        for mine, found in zip(kept, quantize_rows_reference(weight.detach(), multiple=MULTIPLE), strict=True):
+            mine.copy_(found)
+    return out
+
+
+def scaled_product(
+    rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The library's product of float8 rows [M, P] and output channels [Q, P] with their scales [M, 1] and [Q, 1], plus bias [N]; its
+    first N columns. P and Q: multiples of 16."""
+    N, Q = bias.shape[0], values.shape[0]
+    out = torch._scaled_mm(
+        rows,
+        values.t(),
+        scale_a=row_scales,
+        scale_b=scales.view(1, -1),
+        bias=bias if N == Q else F.pad(bias, (0, Q - N)),
+        out_dtype=dtype,
+        use_fast_accum=FAST_ACCUMULATION,
+    )
+    return out if N == Q else out[:, :N].contiguous()
+
+
+@torch.library.custom_op("vidtta::float8_linear", mutates_args=())
+def _float8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    if not x.is_cuda:
+        return float8_linear_reference(x, values, scales, bias, gelu)
+    rows, row_scales = quantize_rows(x.flatten(0, -2), gelu, MULTIPLE)
+    return scaled_product(rows, row_scales, values, scales, bias, x.dtype).view(*x.shape[:-1], -1)
+
+
+@_float8_linear.register_fake
+def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], bias.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[4])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    return dy @ weight, None, None, None, None, None
+
+
+_float8_linear.register_autograd(_backward, setup_context=_setup)
+
+
+def float8_linear(
+    x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool = False
+) -> Tensor:
+    """x W^T + b, or gelu(x) W^T + b, in float8, [..., N] of x's dtype; differentiable in x without `gelu`: W and b are frozen.
+
+    x: [..., K], bfloat16 on a GPU, of any number of rows. values, scales: of W, from `quantize_weight`. bias: [N] and weight: W [N, K],
+    both of x's dtype; the weight is read by the backward alone.
+    Raises ValueError where shapes disagree, or where a gradient is asked for that there is not.
+    """
+    N, K = weight.shape
+    Q, P = padded(N, MULTIPLE), padded(K, MULTIPLE)
+    check(
+        x.ndim >= 2 and x.shape[-1] == K and values.shape == (Q, P) and scales.shape == (Q, 1) and bias.shape == (N,),
+        f"float8_linear: x, values, scales and bias are {list(x.shape)}, {list(values.shape)}, {list(scales.shape)} and "
+        f"{list(bias.shape)}; weight {[N, K]} needs [..., {K}], {[Q, P]}, {[Q, 1]} and {[N]}",
+    )
+    asked = torch.is_grad_enabled()
+    check(
+        not (asked and (weight.requires_grad or bias.requires_grad or (gelu and x.requires_grad))),
+        "float8_linear: weight and bias must be frozen, and gelu has no gradient; to train them use F.linear",
+    )
+    return _float8_linear(x, values, scales, bias, weight, gelu)
