@@ -34,7 +34,7 @@ from ..engine.methods import AnyMethod, Delta, DeltaClosedForm, FullFineTuning, 
 from ..engine.metrics.score import score_frames
 from ..engine.models.load import EMBEDDED, load_dit, load_vae
 from ..engine.models.stdit3 import Caption
-from ..engine.references import reference_scores
+from ..engine.references import begin_reference_scores
 from ..engine.sampler import SamplerSettings
 from ..engine.seeds import seed_for
 from ..engine.text.encoder import EmbeddedText
@@ -139,7 +139,8 @@ class Worker:
         row |= {f"{name}_seconds": seconds for name, seconds in outcome.seconds.items()}
         row["losses"] = outcome.trace.losses[:1] + outcome.trace.losses[-1:]
         if job.references:
-            for name, found in reference_scores(self.vae, pixels, WINDOW, None, "not measured here").items():
+            begun = begin_reference_scores(self.vae, pixels, None, WINDOW, None, "not measured here")
+            for name, found in begun(1).items():
                 row[name] = {measure: found[measure]["mean"] for measure in ("psnr", "ssim")}
         return row
 

@@ -22,7 +22,7 @@ from .models.stdit3 import Caption
 from .probes import check_latents, check_task
 
 if TYPE_CHECKING:
-    from .run import Shown
+    from .result import Shown
     from .session import Session
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from types import TracebackType
+from typing import Any
 
 PHASES = {"captions": "encoding captions", "fisher": "Fisher information", "adapt": "adapting", "sample": "sampling"}
 
@@ -52,3 +53,14 @@ class RunProgress:
     def say(self, line: str) -> None:
         if not self.quiet:
             self.console.print(line)
+
+
+def result_line(arm: str, clip_id: str, result: dict[str, Any]) -> str:
+    """What is said of a finished clip."""
+    scores, cost, gate = result["scores"], result["cost"]["seconds"], result.get("gate")
+    foreseen = f"  foreseen {gate['predicted']:+.2f} dB: {'' if gate['adapted'] else 'not '}adapted" if gate else ""
+    return (
+        f"{arm}  {clip_id}  PSNR {scores['psnr']['mean']:.2f} dB  SSIM {scores['ssim']['mean']:.4f}  "
+        f"adapt {cost['adapt']:.1f} s  sample {cost['sample']:.1f} s"
+        f"{foreseen}"
+    )

@@ -27,7 +27,10 @@ class Recorded:
     def __init__(
         self, compute: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm_ups: int, pool: Any = None
     ) -> None:
-        self.inputs = [tensor.detach().clone() for tensor in inputs]
+        # Of the same strides, or code compiled for the inputs that were launched would be compiled anew while recording.
+        self.inputs = [_room(tensor) for tensor in inputs]
+        self.held: list[tuple[Tensor, int]] = []
+        self._take(inputs)
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -46,10 +49,29 @@ class Recorded:
     def __call__(self, *inputs: Tensor) -> Any:
         if len(inputs) != len(self.inputs):
             raise ValueError(f"{len(self.inputs)} inputs were recorded, {len(inputs)} given")
-        if inputs:
-            torch._foreach_copy_(self.inputs, inputs)
+        self._take(inputs)
         self.graph.replay()
         return self.result
+
+    @torch.no_grad()
+    def _take(self, inputs: tuple[Tensor, ...]) -> None:
+        """Copy the inputs to where the record reads them, but for those that lie there since the last call."""
+        held = self.held or [(None, 0)] * len(inputs)
+        new = [
+            k
+            for k, (t, (last, version)) in enumerate(zip(inputs, held, strict=True))
+            if t is not last or t._version != version
+        ]
+        if new:
+            torch._foreach_copy_([self.inputs[k] for k in new], [inputs[k] for k in new])
+            self.held = [(t, t._version) for t in inputs]
+
+
+def _room(tensor: Tensor) -> Tensor:
+    """Storage for a tensor like this; one that is expanded gets a place for each of its numbers."""
+    if any(stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 class Records:

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +47,24 @@ def write_head(session: Session) -> None:
         print(f"warning: earlier results in {root} took other paths, so bits may differ ({where})", file=sys.stderr)
 
 
-def write_kept(session: Session, arm: str, clip: Clip, frames_F3HW: Tensor, outcome: Outcome) -> None:
-    """The files that the recipe's `keep` names: the known frames followed by the generated ones, latents, adapted state."""
-    folder, keep, window = session.directory.clip(arm, clip.id), session.recipe.keep, session.recipe.window
+def kept(session: Session, frames_F3HW: Tensor, outcome: Outcome) -> dict[str, Any]:
+    """What the recipe's `keep` names, by file name, on the CPU: the known frames followed by the generated ones as uint8
+    [F, 3, H, W], latents and adapted state as tensors by name."""
+    keep, found = session.recipe.keep, {}
     if "video" in keep:
-        video = torch.cat([frames_F3HW[: window.known_frames], to_uint8(outcome.pixels).cpu()])
-        write_video(folder / "video.mp4", video, window.fps)
+        known = frames_F3HW[: session.recipe.window.known_frames]
+        found["video.mp4"] = torch.cat([known, to_uint8(outcome.pixels).cpu()])
     for name, tensors in (("latents", {"latents": outcome.latents}), ("adapter", outcome.state)):
         if name in keep and tensors:
-            write_tensors(folder / f"{name}.safetensors", tensors)
+            found[f"{name}.safetensors"] = {key: tensor.cpu() for key, tensor in tensors.items()}
+    return found
+
+
+def write_kept(session: Session, arm: str, clip: Clip, found: dict[str, Any]) -> None:
+    """Write what `kept` found."""
+    for name, value in found.items():
+        path = session.directory.clip(arm, clip.id) / name
+        if isinstance(value, Tensor):
+            write_video(path, value, session.recipe.window.fps)
+        else:
+            write_tensors(path, value)

@@ -1,16 +1,20 @@
-"""A recipe, run: every arm on every clip, each result on disk before the next clip begins."""
+"""A recipe, run: every arm on every clip, each result written as soon as it is there.
+
+On a GPU the next clip is read, and the last one finished, while the device works on the one between (overlap.py): a result is then on
+disk before the next but one begins.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from .clip import Known, Outcome, Progress, continue_clip, describe, timed
+from .clip import Known, Outcome, Progress, continue_clip, timed
 from .cluster.attempts import persist
 from .cluster.machine import NO_SPACE, system_errors_told
 from .cluster.place import share_compile_cache, this_place, under_torchrun
@@ -22,20 +26,20 @@ from .data.read import read_clip
 from .data.video import to_model
 from .diagnostics import Curves, HeldOut
 from .errors import Interrupted, MachineFailed
-from .files import remove_abandoned, sha256_json, sha256_tensor, write_json
+from .files import remove_abandoned
 from .fisher import prepare_fisher, validation_clips
-from .gate import SEEN, Decision, decide
+from .gate import decide
 from .methods import adapts
 from .methods.none import NoAdapter
 from .methods.protocol import Adapter, GradientAdapter
 from .models.checkpoint import state_hash
 from .models.stdit3 import Caption
+from .overlap import Begun, Overlap, pays
 from .plan import plan_lines
 from .preflight import preflight
-from .progress import RunProgress
-from .records import write_failure, write_head, write_kept
-from .references import means
-from .rundir import check_paired, clip_settings
+from .progress import RunProgress, result_line
+from .records import write_failure, write_head
+from .result import Finish, Shown, record
 from .search import confirmation, summarise, trajectories
 from .session import Session
 from .start import prepare
@@ -46,7 +50,7 @@ from .summary import marks_of, print_summary, write_comparisons, write_last_summ
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-CONTINUAL = "continual adaptation: a result depends on the clips before it in the list (adaptation.reset)"
+Made = TypeVar("Made")
 
 
 def run(recipe: "Recipe", *, batch_start: int | None = None, batch_end: int | None = None, quiet: bool = False) -> int:
@@ -129,10 +133,10 @@ def run_arms(
     progress: RunProgress,
     presence: Presence,
     stop: StopFlag,
-    halt: Callable[[Clip], bool] = lambda clip: False,
+    halt: Callable[[Clip], bool] | None = None,
 ) -> int:
     """One method on its clips, or several that share its trajectory, from the fewest steps to the most; returns how many results
-    failed. Afterwards the network is bit for bit as before. halt(clip): whether to end before a clip.
+    failed. Afterwards the network is bit for bit as before. halt(clip): whether to end before a clip, by the results so far.
     """
     waiting = {arm: {clip.id for clip in todo[arm]} for arm in group if todo[arm]}
     if not waiting:
@@ -155,53 +159,80 @@ def run_arms(
     adapter = session.attach(arm)
     carried = Carried(session, arm, adapter, partial(known_of, session, captions))
     failed = 0
+
+    def attempt(make: Callable[[tuple[str, ...]], Made], clip: Clip, now: list[str]) -> Made | None:
+        """What make(retries) gives; None where the clip fails, whose reason is then recorded in the arms of `now`."""
+        nonlocal failed
+        try:
+            return persist(make, session.models.dit, session.directory.root, stop.check, progress.say)
+        except Interrupted:
+            raise
+        except MachineFailed as error:
+            with suppress(OSError):
+                write_failure(session, arm, clip, error)  # so that whoever goes on tries this clip last
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise
+            for name in now:
+                if session.directory.result(name, clip.id) is None:
+                    failed += 1
+                    reason = write_failure(session, name, clip, error)
+                    progress.finished(f"{name}  {clip.id}  FAILED: {reason}")
+            return None
+
+    def settle(clip: Clip, now: list[str], finish: Finish, finished: Begun[dict[str, Any]]) -> None:
+        result = attempt(lambda again: finish(again) if again else finished.result(), clip, now)
+        if result is None:
+            return
+        for name in now:
+            one = result if name == arm else session.directory.result(name, clip.id)
+            progress.finished(result_line(name, clip.id, one or result))
+
     try:
         if isinstance(adapter, GradientAdapter) and (
             found := prepare_fisher(session, arm, adapter.masters, partial(known_latents, session), step)
         ):
             adapter.fisher = found[0]
         observer = curves_of(session, arm, step)
-        for clip in clips:
-            stop.check()
-            if halt(clip):
-                break
-            now = [name for name, ids in waiting.items() if clip.id in ids and not session.finished(name, clip)]
-            if not now:
-                progress.finished(f"{arm}  {clip.id}  made by another task")
-                continue
-            progress.clip(arm, clip.id)
-            presence.clip(arm, clip.id)
+        with Overlap(pays(session.models.dit.device)) as overlap:
+            for clip, loading in overlap.each(clips, partial(load, session)):
+                stop.check()
+                if halt:
+                    overlap.settle()
+                    if halt(clip):
+                        break
+                now = [name for name, ids in waiting.items() if clip.id in ids and not session.finished(name, clip)]
+                if not now:
+                    progress.finished(f"{arm}  {clip.id}  made by another task")
+                    continue
+                progress.clip(arm, clip.id)
+                presence.clip(arm, clip.id)
 
-            def make(retries: tuple[str, ...], clip: Clip = clip, now: list[str] = now) -> dict[str, Any]:
-                if retries:
+                def begin(
+                    retries: tuple[str, ...],
+                    clip: Clip = clip,
+                    now: list[str] = now,
+                    loading: Begun[Shown] = loading,
+                ) -> Finish:
+                    if retries:
+                        carried.forget()
+                        loading = overlap.start(partial(load, session, clip))
+                    carried.bring_to(clip, step)
+                    snapshots = [name for name in now if name != arm]
+                    finish = run_clip(
+                        session, arm, clip, captions, adapter, step, observer, snapshots, retries, overlap, loading
+                    )
+                    carried.adapted_on(clip)
+                    return finish
+
+                finish = attempt(begin, clip, now)
+                if finish is None:
                     carried.forget()
-                carried.bring_to(clip, step)
-                snapshots = [name for name in now if name != arm]
-                result = run_clip(session, arm, clip, captions, adapter, step, observer, snapshots, retries)
-                carried.adapted_on(clip)
-                return result
-
-            try:
-                result = persist(make, session.models.dit, session.directory.root, stop.check, progress.say)
-            except Interrupted:
-                raise
-            except MachineFailed as error:
-                with suppress(OSError):
-                    write_failure(session, arm, clip, error)  # so that whoever goes on tries this clip last
-                raise
-            except Exception as error:
-                carried.forget()
-                if isinstance(error, OSError) and error.errno in NO_SPACE:
-                    raise
-                for name in now:
-                    if session.directory.result(name, clip.id) is None:
-                        failed += 1
-                        reason = write_failure(session, name, clip, error)
-                        progress.finished(f"{name}  {clip.id}  FAILED: {reason}")
-                continue
-            for name in now:
-                one = result if name == arm else session.directory.result(name, clip.id)
-                progress.finished(_line(name, clip.id, one or result))
+                    continue
+                if overlap.on:
+                    finish = partial(finish, waited=overlap.settle())
+                overlap.hand_over(partial(settle, clip, now, finish, overlap.start(finish)))
     except MachineFailed:
         raise  # the process ends; a failed GPU would not restore anything
     except BaseException:
@@ -216,17 +247,8 @@ def run_arms(
     return failed
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A clip's frames. content: hash of its file and start; frames: uint8 [F, 3, H, W]; pixels: [3, F, H, W] on the device."""
-
-    content: str
-    frames: Tensor
-    pixels: Tensor
-
-
-def read(session: Session, clip: Clip) -> Shown:
-    """The frames of a clip's window, at the recipe's rate and size.
+def load(session: Session, clip: Clip) -> Shown:
+    """The frames of a clip's window, at the recipe's rate and size, on the CPU.
 
     Raises UserError where the file does not give them, or gives others than its manifest says.
     """
@@ -234,7 +256,16 @@ def read(session: Session, clip: Clip) -> Shown:
     content = clip_hash(clip)
     frames = read_clip(clip, frames=window.total_frames, fps=window.fps, height=data.height, width=data.width)
     check_prepared(clip, frames, window.fps)
-    return Shown(content, frames, to_model(frames).to(session.models.dit.device))
+    return Shown(content, frames, to_model(frames))
+
+
+def read(session: Session, clip: Clip) -> Shown:
+    """`load`, with the pixels on the device."""
+    return on_device(session, load(session, clip))
+
+
+def on_device(session: Session, shown: Shown) -> Shown:
+    return replace(shown, pixels=shown.pixels.to(session.models.dit.device))
 
 
 def curves_of(session: Session, arm: str, progress: Progress) -> Curves | None:
@@ -270,26 +301,36 @@ def run_clip(
     captions: dict[str, Caption],
     adapter: Adapter,
     progress: Progress,
-    curves: Curves | None = None,
-    snapshots: Sequence[str] = (),
-    retries: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """One clip through one method: read, encode, adapt, sample, decode, score, write.
+    curves: Curves | None,
+    snapshots: Sequence[str],
+    retries: tuple[str, ...],
+    overlap: Overlap,
+    loading: Begun[Shown],
+) -> Finish:
+    """One clip through one method: read, encode, adapt, sample, decode, score; returns what finishes and writes it, see `record`.
 
     snapshots: arms of fewer steps on the same trajectory, whose results are written on the way; retries: why it is tried again.
     """
     device, placebo = session.models.dit.device, session.arms[arm].placebo
     seconds: dict[str, float] = {}
     with timed(seconds, "read", device):
-        shown = read(session, clip)
+        shown = on_device(session, loading.result())
     latents, seconds["encode"] = session.known_latents(clip, shown.content, shown.pixels)
+    with timed(seconds, "score", device):
+        flow = session.begin_truth_flow(shown.pixels)
+        truth_flow = overlap.start(partial(flow, overlap.processors)) if flow else None
+    shown = replace(shown, truth_flow=truth_flow, read_seconds=loading.seconds)
     known = Known(clip.id, latents, captions[clip.id].to(device))
     decision = decide(session, arm, clip, shown.content, shown.frames, known, adapter)
     if decision and not decision.adapted:
         with adapter.suspended():
             outcome = continue_clip(session.experiment, known, NoAdapter(), progress=progress)
-        return record(session, arm, clip, shown, seconds, None, retries, outcome, decision)
+        return record(session, arm, clip, shown, seconds, None, retries, overlap, outcome, decision)
     other = known_of(session, captions, session.other(clip)) if placebo == "other_clip" else None
+
+    def snapshot(name: str, outcome: Outcome) -> None:
+        record(session, name, clip, shown, seconds, None, retries, overlap, outcome)()
+
     outcome = continue_clip(
         session.experiment,
         known,
@@ -299,83 +340,7 @@ def run_clip(
         keep_state="adapter" in session.recipe.keep,
         restore=not session.continual(arm),
         observer=curves,
-        snapshots={
-            session.steps(name): partial(record, session, name, clip, shown, dict(seconds), None, retries)
-            for name in snapshots
-        },
+        snapshots={session.steps(name): partial(snapshot, name) for name in snapshots},
         progress=progress,
     )
-    return record(session, arm, clip, shown, seconds, curves, retries, outcome, decision)
-
-
-def record(
-    session: Session,
-    arm: str,
-    clip: Clip,
-    shown: Shown,
-    seconds: dict[str, float],
-    curves: Curves | None,
-    retries: tuple[str, ...],
-    outcome: Outcome,
-    decision: Decision | None = None,
-) -> dict[str, Any]:
-    """Score what a method made of a clip and write it; returns the result. seconds: of reading and encoding;
-    retries: why it was tried again; decision: the gate's."""
-    window, pixels = session.recipe.window, shown.pixels
-    seconds |= outcome.seconds
-    marks = [*session.marks, *([CONTINUAL] if session.continual(arm) else [])]
-    if decision:
-        seconds["adapt"] += decision.seconds
-        marks += [SEEN] if decision.seen else []
-    with timed(seconds, "score", session.models.dit.device):
-        scores, *more = (session.score(made, pixels) for made in (outcome.pixels, *outcome.more))
-    session.write_references(clip, shown.content, pixels)
-    settings = session.settings(arm)
-    made_from = {
-        "scored frames": sha256_tensor(shown.frames[window.scored.start : window.scored.stop]),
-        **outcome.made_from,
-    }
-    result = {
-        "clip": clip.id,
-        "arm": arm,
-        **clip_settings(clip),
-        "meta": clip.meta,
-        "marks": marks,
-        "warnings": [*session.warnings],
-        "retries": [*retries],
-        "keys": {"settings": sha256_json(settings), "protocol": sha256_json(session.protocol), "clip": shown.content},
-        "settings": settings,
-        "seeds": session.describe_seeds(clip.id),
-        "window": session.describe_window(),
-        "paths": session.describe_paths(),
-        "adapted_on": {one.id: clip_hash(one) for one in session.adapts_on(arm, clip)},
-        "made_from": made_from,
-        "generated": sha256_tensor(outcome.latents),
-        "adaptation": describe(outcome),
-        **({"gate": decision.describe()} if decision else {}),
-        "scores": scores,
-        **({"samples": [means(one) for one in (scores, *more)]} if more else {}),
-        "cost": {
-            "seconds": seconds,
-            "peak_memory_bytes": outcome.peak_memory_bytes,
-            **outcome.compiled,
-            **({"layers": outcome.layers} if outcome.layers else {}),
-        },
-    }
-    if arm != session.baseline and (baseline := session.directory.result(session.baseline, clip.id)):
-        check_paired(baseline, result)
-    write_kept(session, arm, clip, shown.frames, outcome)
-    if curves:
-        write_json(session.directory.clip(arm, clip.id) / "curves.json", curves.found)
-    session.directory.write_result(arm, clip.id, result)
-    return result
-
-
-def _line(arm: str, clip_id: str, result: dict[str, Any]) -> str:
-    scores, cost, gate = result["scores"], result["cost"]["seconds"], result.get("gate")
-    foreseen = f"  foreseen {gate['predicted']:+.2f} dB: {'' if gate['adapted'] else 'not '}adapted" if gate else ""
-    return (
-        f"{arm}  {clip_id}  PSNR {scores['psnr']['mean']:.2f} dB  SSIM {scores['ssim']['mean']:.4f}  "
-        f"adapt {cost['adapt']:.1f} s  sample {cost['sample']:.1f} s"
-        f"{foreseen}"
-    )
+    return record(session, arm, clip, shown, seconds, curves, retries, overlap, outcome, decision)

@@ -1,6 +1,7 @@
 """What stays the same from clip to clip of a run, and what its arms share: captions, known latents, reference scores."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .choices import PLAIN, Choices
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
 from .data.video import to_uint8, write_video
-from .environment import describe_code, device_name
+from .environment import describe_code, device_name, usable_cpus
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .gate import Gate, load_gate
@@ -25,7 +26,7 @@ from .metrics.complexity import compute_complexity
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
-from .references import reference_scores, score_continuation
+from .references import Scores, begin_reference_scores, begin_scores, begin_truth_flow
 from .rundir import RunDirectory, check_same_settings, read_json
 from .seeds import generator_for, seed_for
 from .text.cache import encode_distinct, text_key
@@ -269,33 +270,54 @@ class Session:
             generator = generator_for(self.recipe.seed, clip.id, "posterior")
         return encode_known(self.models.vae, pixels_3FHW, window, generator)
 
-    def write_references(self, clip: Clip, content: str, pixels_3FHW: Tensor) -> None:
-        """Write the scores of the references for a clip, what kind of clip it is, and its video where videos are kept; once for
-        all arms.
+    def write_references(
+        self, clip: Clip, content: str, pixels_3FHW: Tensor, truth_flow: Tensor | None
+    ) -> Callable[[int], None]:
+        """Score the references for a clip, what kind of clip it is, and keep its video where videos are kept; once for all arms.
+        What needs the device is done now; the rest, (processors) -> None, writes.
         """
         truth = self.directory.truth(clip.id, content)
-        if "video" in self.recipe.keep and not truth.exists():
-            write_video(truth, to_uint8(pixels_3FHW).cpu(), self.recipe.window.fps)
+        video = to_uint8(pixels_3FHW).cpu() if "video" in self.recipe.keep and not truth.exists() else None
         path = self.directory.reference(clip.id)
         flow = self.recipe.scores.flow
         key = sha256_json([self._vae_key(content), self.lpips_reason, flow])
-        held = read_json(path) or {}
+        held, begun, kind = read_json(path) or {}, None, {}
         if held.get("key") != key or "kind" not in held:
-            scores = reference_scores(
-                self.models.vae, pixels_3FHW, self.recipe.window, self.lpips, self.lpips_reason, flow
+            begun = begin_reference_scores(
+                self.models.vae, pixels_3FHW, truth_flow, self.recipe.window, self.lpips, self.lpips_reason, flow
             )
-            write_json(path, {"clip": clip.id, "key": key, "kind": compute_complexity(pixels_3FHW), "scores": scores})
+            kind = compute_complexity(pixels_3FHW)
 
-    def score(self, generated_3FHW: Tensor, pixels_3FHW: Tensor) -> dict[str, dict[str, Any]]:
-        """Every score of a continuation that the recipe asks for; see `score_continuation`."""
-        return score_continuation(
+        def write(processors: int) -> None:
+            if video is not None:
+                write_video(truth, video, self.recipe.window.fps)
+            if begun:
+                write_json(path, {"clip": clip.id, "key": key, "kind": kind, "scores": begun(processors)})
+
+        return write
+
+    def begin_truth_flow(self, pixels_3FHW: Tensor) -> Callable[[int], Tensor] | None:
+        """The flow of a clip's real frames, where the recipe asks for one; see `references.begin_truth_flow`."""
+        return begin_truth_flow(pixels_3FHW, self.recipe.window, self.recipe.scores.flow)
+
+    def begin_scores(
+        self, generated_3FHW: Tensor, pixels_3FHW: Tensor, truth_flow: Tensor | None
+    ) -> Callable[[int], Scores]:
+        """Every score of a continuation that the recipe asks for; see `references.begin_scores`."""
+        return begin_scores(
             generated_3FHW,
             pixels_3FHW,
+            truth_flow,
             self.recipe.window,
             lpips=self.lpips,
             lpips_reason=self.lpips_reason,
             flow=self.recipe.scores.flow,
         )
+
+    def score(self, generated_3FHW: Tensor, pixels_3FHW: Tensor) -> Scores:
+        """`begin_scores`, finished."""
+        flow, processors = self.begin_truth_flow(pixels_3FHW), usable_cpus()
+        return self.begin_scores(generated_3FHW, pixels_3FHW, flow(processors) if flow else None)(processors)
 
     def _vae_key(self, content: str) -> str:
         """What decides the latents of a clip whose content has this hash."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vidtta.engine import clip, files, session
+from vidtta.engine import clip, files, result, session
 from vidtta.engine import run as run_module
 from vidtta.engine.data import video
 from vidtta.engine.files import ABANDONED_AFTER, TEMPORARY
@@ -74,16 +74,16 @@ class Report:
         ]
 
 
-def kill_runs(lab: Lab, kills: int, seed: int) -> Report:
+def kill_runs(lab: Lab, kills: int, seed: int, overlap: bool = False) -> Report:
     """Kill `kills` runs of the lab's recipe, each on what the killed ones before it left; a finished folder is followed by a new one.
 
-    The moment of a kill is uniform over the time that a whole run takes after its models are loaded.
+    The moment of a kill is uniform over the time that a whole run takes after its models are loaded. overlap: as on a GPU.
     """
     report, chance, begun = Report(outputs=["killed 0"]), random.Random(seed), time.monotonic()
-    whole = _time_of(lab)
+    whole = _time_of(lab, overlap)
     finished: dict[Path, tuple[int, int]] = {}
     while report.kills < kills:
-        child, place = _start(lab, report.outputs[-1])
+        child, place = _start(lab, report.outputs[-1], overlap)
         child.join(chance.uniform(0, whole))
         if child.exitcode is None and place.value != ENDED:
             child.kill()
@@ -138,9 +138,9 @@ def temporaries(lab: Lab) -> list[Path]:
     return [path for path in lab.root.glob("killed */**/.tmp-*") if TEMPORARY.fullmatch(path.name)]
 
 
-def _time_of(lab: Lab) -> float:
+def _time_of(lab: Lab, overlap: bool) -> float:
     """Seconds that a whole run takes once its models are loaded."""
-    child, place = _start(lab, "undisturbed")
+    child, place = _start(lab, "undisturbed", overlap)
     begun = time.monotonic()
     while place.value != ENDED:
         time.sleep(0.002)
@@ -150,18 +150,18 @@ def _time_of(lab: Lab) -> float:
     return seconds
 
 
-def _start(lab: Lab, output: str) -> tuple[Any, Any]:
+def _start(lab: Lab, output: str, overlap: bool) -> tuple[Any, Any]:
     """A child that runs into `output` and has loaded its models, and the place in memory where it says what it does."""
     place = FORKS.RawArray("c", 64)
     place.value = LOADING
-    child = FORKS.Process(target=run_and_tell, args=(lab.argv(output), place))
+    child = FORKS.Process(target=run_and_tell, args=(lab.argv(output), place, os.devnull, overlap))
     child.start()
     while place.value == LOADING and child.is_alive():
         time.sleep(0.002)
     return child, place
 
 
-def run_and_tell(argv: list[str], place: Any, log: str = os.devnull) -> None:
+def run_and_tell(argv: list[str], place: Any, log: str = os.devnull, overlap: bool = False) -> None:
     """What a child does: a run that writes into `place` what it is doing: a phase of a clip, or which file it writes."""
 
     @contextmanager
@@ -194,9 +194,11 @@ def run_and_tell(argv: list[str], place: Any, log: str = os.devnull) -> None:
         return found
 
     load, run_module.prepare = run_module.prepare, loaded
+    if overlap:
+        run_module.pays = lambda device: True
     for owner, name in TOLD:
         setattr(owner, name, function(getattr(owner, name), name.replace("_", " ")))
-    for module in (clip, session, run_module):
+    for module in (clip, session, run_module, result):
         module.timed = context(module.timed, lambda seconds, name, device: name)
     for module in (files, video):
         module.atomic_path = context(module.atomic_path, file_of)
@@ -210,12 +212,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overlap", action="store_true", help="finish a clip beside the next one, as on a GPU")
     parser.add_argument("--log", type=Path, help="write the report here, too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tiny_lab(Path(folder)) as lab:
         lab.settings["arms"] = {"full": FULL}
-        report = kill_runs(lab, arguments.kills, arguments.seed)
-    text = "\n".join([f"python -m tests.kills --kills {arguments.kills} --seed {arguments.seed}", *report.lines(), ""])
+        report = kill_runs(lab, arguments.kills, arguments.seed, arguments.overlap)
+    command = f"python -m tests.kills --kills {arguments.kills} --seed {arguments.seed}"
+    text = "\n".join([command + " --overlap" * arguments.overlap, *report.lines(), ""])
     print(text, end="")
     if arguments.log:
         files.write_text(arguments.log, text)

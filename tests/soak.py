@@ -35,8 +35,8 @@ from .engine.tiny_run import Lab, tiny_lab
 
 TIMED = (
     (Session, "encode"),
-    (Session, "score"),
-    (session_module, "reference_scores"),
+    (Session, "begin_scores"),
+    (session_module, "begin_reference_scores"),
     (session_module, "compute_complexity"),
 )
 """Work whose time the results do not say, or say again in each arm."""

@@ -137,9 +137,13 @@ class LoRAAdapter:
         self._slots.append((parent, name, base))
         self.adapters[f"layers.{index}.{target}"] = adapter
 
+    @torch.no_grad()
     def _refresh(self) -> None:
-        for adapter in self.adapters.values():
-            adapter.refresh()
+        """As `LoRALinear.refresh` of each, in few launches."""
+        extended = [adapter for adapter in self.adapters.values() if adapter.extended is not None]
+        if extended:
+            scaled = torch._foreach_mul([adapter.B for adapter in extended], extended[0].scale)
+            torch._foreach_copy_([adapter.room for adapter in extended], scaled)
 
     @torch.no_grad()
     def _start(self, name: str, adapter: LoRALinear, recipe_seed: int) -> Tensor:

@@ -7,7 +7,7 @@ points right, 1 down. Estimators differ by more than methods do, so a measure's 
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -31,20 +31,28 @@ RAFT_BATCH = 4  # pairs a pass, to bound memory
 def farneback(video_CFHW: Tensor) -> Tensor:
     """Polynomial expansion on 8-bit grey, through OpenCV on the CPU; [F-1, 2, H, W] on the video's device.
 
-    Pyramid of 3 levels halved each, window 15, 3 iterations, polynomials over 5 pixels with sigma 1.1. Pairs of frames are
-    estimated beside each other, on as many threads as this process may use processors. Source: Farneback, "Two-frame motion
-    estimation based on polynomial expansion", SCIA 2003. Raises UserError where cv2 is missing.
+    Pyramid of 3 levels halved each, window 15, 3 iterations, polynomials over 5 pixels with sigma 1.1. Source: Farneback, "Two-frame
+    motion estimation based on polynomial expansion", SCIA 2003. Raises UserError where cv2 is missing.
     """
-    cv2 = import_cv2("optical flow")
+    return farneback_of(grey(video_CFHW), usable_cpus()).to(video_CFHW.device)
+
+
+def grey(video_CFHW: Tensor) -> Tensor:
+    """Luma of a video on [-1, 1], uint8 [F, H, W] on the CPU."""
     luma = torch.tensor(LUMA, dtype=torch.float64, device=video_CFHW.device)
-    grey_FHW = (torch.einsum("c,cfhw->fhw", luma, unit_range(video_CFHW)) * 255).round().to(torch.uint8).cpu().numpy()
+    return (torch.einsum("c,cfhw->fhw", luma, unit_range(video_CFHW)) * 255).round().to(torch.uint8).cpu()
+
+
+def farneback_of(grey_FHW: Tensor, processors: int) -> Tensor:
+    """`farneback` from grey pictures, [F-1, 2, H, W] on the CPU; pairs of frames beside each other on so many processors."""
+    cv2 = import_cv2("optical flow")
     # OpenCV gives up Python's lock while it computes.
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    with ThreadPoolExecutor(processors) as pool:
         flows = pool.map(
             lambda pair: cv2.calcOpticalFlowFarneback(*pair, None, 0.5, 3, 15, 3, 5, 1.1, 0),
-            itertools.pairwise(grey_FHW),
+            itertools.pairwise(grey_FHW.numpy()),
         )
-    return torch.stack([torch.from_numpy(flow_HW2) for flow_HW2 in flows]).permute(0, 3, 1, 2).to(video_CFHW.device)
+    return torch.stack([torch.from_numpy(flow_HW2) for flow_HW2 in flows]).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -78,6 +86,14 @@ def _raft_network() -> nn.Module:
 
 
 FLOWS: dict[FlowName, Callable[[Tensor], Tensor]] = {"farneback": farneback, "raft": raft}
+
+
+def begin_flow(name: FlowName, video_CFHW: Tensor) -> Callable[[int], Tensor]:
+    """Do what a flow needs of the video's device; the rest, (processors) -> flow on the CPU, touches no device."""
+    if name == "farneback":
+        return partial(farneback_of, grey(video_CFHW))
+    flow = FLOWS[name](video_CFHW).cpu()
+    return lambda processors: flow
 
 
 def require_flow(name: FlowName) -> None:

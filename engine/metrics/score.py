@@ -1,17 +1,19 @@
 """All measures of one clip, as they go into its result file."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..environment import usable_cpus
 from .frames import check_pair
 from .lpips import LPIPS
-from .optical_flow import FLOWS, FlowName, end_point_error
+from .optical_flow import FlowName, begin_flow, end_point_error
 from .psnr import mse, psnr
 from .seam import compute_seam_jump
 from .ssim import ssim
-from .temporal import frame_changes, warping
+from .temporal import Relative, frame_changes, warping
 
 
 @torch.no_grad()
@@ -43,7 +45,6 @@ def score_frames(
     return scores
 
 
-@torch.no_grad()
 def score_motion(
     pred_CFHW: Tensor, truth_CFHW: Tensor, *, chunk_seams: list[int], flow: FlowName | Literal["none"]
 ) -> dict[str, dict[str, float]]:
@@ -54,17 +55,45 @@ def score_motion(
     seam_error (known to generated), chunk_seam_error (mean over the seams, left out where there is none), and with a
     flow warping_error_<flow> and flow_error_<flow> (whose pred and truth are mean speeds in pixels a frame).
     """
+    truth_flow = None if flow == "none" else begin_flow(flow, truth_CFHW)(usable_cpus())
+    return begin_motion(pred_CFHW, truth_CFHW, truth_flow, chunk_seams=chunk_seams, flow=flow)(usable_cpus())
+
+
+@torch.no_grad()
+def begin_motion(
+    pred_CFHW: Tensor,
+    truth_CFHW: Tensor,
+    truth_flow: Tensor | None,
+    *,
+    chunk_seams: list[int],
+    flow: FlowName | Literal["none"],
+) -> Callable[[int], dict[str, dict[str, float]]]:
+    """Do what `score_motion` needs of the videos' device; the rest, (processors) -> its scores, touches no device and holds none of
+    its memory. truth_flow: of `begin_flow`, where a flow is asked for."""
     found = {f"{name}_error": change for name, change in frame_changes(pred_CFHW, truth_CFHW).items()}
     found["seam_error"] = compute_seam_jump(pred_CFHW, truth_CFHW, 1)
     if chunk_seams:
         jumps = [compute_seam_jump(pred_CFHW, truth_CFHW, seam) for seam in chunk_seams]
         found["chunk_seam_error"] = {key: sum(jump[key] for jump in jumps) / len(jumps) for key in jumps[0]}
-    if flow != "none":
-        pred_flow, truth_flow = FLOWS[flow](pred_CFHW), FLOWS[flow](truth_CFHW)
-        found[f"warping_error_{flow}"] = warping(pred_CFHW, truth_CFHW, truth_flow)
-        found[f"flow_error_{flow}"] = {
-            "pred": pred_flow.norm(dim=1).mean().item(),
-            "truth": truth_flow.norm(dim=1).mean().item(),
-            "error": end_point_error(pred_flow, truth_flow).mean().item(),
-        }
+    if flow == "none" or truth_flow is None:
+        return lambda processors: _as_scores(found)
+    found[f"warping_error_{flow}"] = warping(pred_CFHW, truth_CFHW, truth_flow.to(pred_CFHW.device))
+    pred_flow = begin_flow(flow, pred_CFHW)
+    if flow == "farneback":
+        return lambda processors: _as_scores(
+            found | {"flow_error_farneback": _flow_error(pred_flow(processors), truth_flow)}
+        )
+    found[f"flow_error_{flow}"] = _flow_error(*(one.to(pred_CFHW.device) for one in (pred_flow(1), truth_flow)))
+    return lambda processors: _as_scores(found)
+
+
+def _flow_error(pred_flow: Tensor, truth_flow: Tensor) -> Relative:
+    return {
+        "pred": pred_flow.norm(dim=1).mean().item(),
+        "truth": truth_flow.norm(dim=1).mean().item(),
+        "error": end_point_error(pred_flow, truth_flow).mean().item(),
+    }
+
+
+def _as_scores(found: dict[str, Relative]) -> dict[str, dict[str, float]]:
     return {name: {"mean": f["error"], "pred": f["pred"], "truth": f["truth"]} for name, f in found.items()}

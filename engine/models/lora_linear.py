@@ -42,6 +42,13 @@ class LoRALinear(nn.Module):
         if self.extended is not None:
             write_up(self.extended, self.B, self.scale)
 
+    @property
+    def room(self) -> Tensor:
+        """The columns of the extended storage that hold s B."""
+        assert self.extended is not None
+        start = self.base.in_features
+        return self.extended[:, start : start + self.B.shape[1]]
+
     def added(self, dtype: torch.dtype) -> Tensor:
         """What the layer's weight gains in effect, computed from A and B rounded to `dtype`; [out, in] float32."""
         return self.scale * (self.B.to(dtype).float() @ self.A.to(dtype).float())

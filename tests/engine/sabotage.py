@@ -192,12 +192,12 @@ def not_in_force_while_sampling(patch: Patch) -> None:
 
 
 def another_clips_frames(patch: Patch) -> None:
-    read, arms = run_module.read, in_hand(patch)
+    load, arms = run_module.load, in_hand(patch)
 
     def shuffled(session, clip):
-        return read(session, clip if arms[-1] in ("", "baseline") else session.other(clip))
+        return load(session, clip if arms[-1] in ("", "baseline") else session.other(clip))
 
-    patch.setattr(run_module, "read", shuffled)
+    patch.setattr(run_module, "load", shuffled)
 
 
 def another_clips_latents(patch: Patch) -> None:

@@ -56,6 +56,29 @@ def test_inputs_are_copied_to_where_the_record_reads_them(events):
         record()
 
 
+def test_inputs_that_lie_there_already_are_not_copied_again(events, monkeypatch):
+    copies = []
+    whole = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copies.append(len(to)) or whole(to, given))
+    clip, noise = torch.ones(2), torch.ones(3)
+    record = Recorded(lambda clip, noise: clip.sum() + noise.sum(), (clip, noise), warm_ups=0)
+    record(clip, torch.zeros(3))
+    record(clip, noise)
+    clip += 1  # another clip in the same storage
+    record(clip, noise)
+    record(clip, noise)
+    assert copies == [2, 1, 1, 1]
+    assert record.inputs[0].tolist() == [2, 2] and record.inputs[1].tolist() == [1, 1, 1]
+
+
+def test_inputs_keep_their_strides(events):
+    """Code that was compiled for what was launched is not compiled anew for what is recorded."""
+    sparse, expanded = torch.arange(12.0).view(3, 2, 2)[:, 0], torch.ones(1, 2).expand(3, 2)
+    record = Recorded(lambda a, b: a + b, (sparse, expanded), warm_ups=0)
+    assert [mine.stride() for mine in record.inputs] == [(4, 1), (2, 1)]
+    assert torch.equal(record.inputs[0], sparse) and torch.equal(record.inputs[1], expanded)
+
+
 @needs_card
 def test_a_replay_computes_what_the_computation_does():
     weight = nn.Parameter(torch.linspace(-1, 1, 12, device="cuda").reshape(3, 4))

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from vidtta.engine import cli, records
 from vidtta.engine import clip as clip_module
+from vidtta.engine import run as run_module
 from vidtta.engine.files import write_tensors
 from vidtta.engine.methods.full import FullAdapter
 
@@ -191,9 +192,14 @@ def test_an_exception_costs_one_clip_and_the_weights_come_back(lab, undisturbed,
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("writer", ["write_video", "write_tensors"])
-def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(lab, undisturbed, monkeypatch, capsys, writer, number):
-    output = f"full disk {writer} {number}"
+@pytest.mark.parametrize(
+    ("writer", "overlap"), [("write_video", False), ("write_tensors", False), ("write_video", True)]
+)
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(
+    lab, undisturbed, monkeypatch, capsys, writer, overlap, number
+):
+    monkeypatch.setattr(run_module, "pays", lambda device: overlap)
+    output = f"full disk {writer} {overlap} {number}"
     write = getattr(records, writer)
 
     def full(path, *args):

@@ -1,4 +1,5 @@
-"""A run that is killed at any moment loses at most the clip in hand; tasks in one run directory do not harm each other."""
+"""A run that is killed at any moment loses at most the clip in hand, and where clips overlap the one before it; tasks in one run
+directory do not harm each other."""
 
 import pytest
 from vidtta.engine.data.video import read_window
@@ -14,9 +15,16 @@ def lab(tmp_path_factory):
         yield lab
 
 
-def test_twenty_kills_lose_nothing(lab):
-    report = kill_runs(lab, kills=20, seed=0)
-    assert report.kills == 20
+@pytest.mark.parametrize(("kills", "overlap"), [(20, False), (10, True)], ids=["in turn", "overlapped"])
+def test_kills_lose_nothing(tmp_path, kills, overlap):
+    with tiny_lab(tmp_path / "lab") as lab:
+        lab.settings["arms"] = {"full": FULL}
+        killed_runs_are_made_whole(lab, kills, overlap)
+
+
+def killed_runs_are_made_whole(lab, kills, overlap):
+    report = kill_runs(lab, kills, seed=0, overlap=overlap)
+    assert report.kills == kills
     assert report.results == 4 * len(report.outputs)
     assert (report.lost, report.doubled, report.differing_bits, report.left_after) == (0, 0, 0, 0), report.lines()
     assert len(report.places) > 3 and "loading" not in report.places, report.lines()
