@@ -39,6 +39,7 @@ def work(arguments: argparse.Namespace) -> None:
     from ..engine.determinism import make_deterministic
     from ..engine.environment import describe_environment
     from ..engine.files import sha256_tensor, write_json
+    from ..engine.memory import peak_memory
     from ..engine.methods import LoRA, NoAdaptation
     from ..engine.models.paths import use_paths
     from ..engine.models.vae_fast import use_channels_last
@@ -90,7 +91,7 @@ def work(arguments: argparse.Namespace) -> None:
     sys.stdin.readline()
     for k in place.share(list(range(arguments.clips * place.world))):
         say(make(f"clip {k}", scene.experiment))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    peak = (peak_memory(device) or 0) / 2**30 if device.type == "cuda" else None
     say({"done": True, "peak_gib": peak})
 
 

@@ -15,8 +15,21 @@ def send(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+_noted = 0
+"""The largest peak since the reset that the allocator does not know of."""
+
+
+def note_peak(used: int) -> None:
+    """Count so many bytes as in use at some moment since the reset: a replayed CUDA graph works in memory that the allocator holds free
+    for it, and counts none."""
+    global _noted
+    _noted = max(_noted, used)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start a new peak from what is in use now."""
+    global _noted
+    _noted = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -25,9 +38,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak since the reset; None where the system does not tell."""
+    """Bytes at the peak since the reset, what recorded work uses included; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(torch.cuda.max_memory_allocated(device), _noted)
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

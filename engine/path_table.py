@@ -1,6 +1,6 @@
 """What was measured fastest on cards that the benches ran on: path_table.json, made from `bench/results/`.
 
-Make it again: python -m vidtta.engine.path_table bench/results/steps-*.json bench/results/recorded-*.json
+Make it again: python -m vidtta.engine.path_table bench/results/steps-*.json
 
 A row serves a run on the same card, with a network of the same size in the same dtype at the same shapes. The benches time whole
 steps without deterministic algorithms; a recipe's default asks for these, which slows every way. torch.compile of the plain code may be
@@ -24,7 +24,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "plain": ("lora eager",),
         "compile": ("lora compiled",),
         "triton": ("lora fused, not compiled",),
-        "triton + compile": ("lora fused",),
+        "triton + compile": ("lora fused, launched",),
     },
     "features": {
         "plain": ("delta features eager",),
@@ -44,7 +44,8 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 """The rows of bench.steps whose milliseconds add up to those of a way."""
-RECORDED = {"fused, not compiled": "triton", "fused": "triton + compile"}
+COMPILING = 1.03
+"""How much faster a compiled way must be to be taken."""
 SHAPES = {"network": [28, 1152, 16], "dtype": "bfloat16", "size": [480, 640], "latents": [7, 15]}
 """What bench.steps runs at: depth, width and heads; height and width; known latent frames and all."""
 
@@ -65,15 +66,15 @@ def fastest_known(experiment: "Experiment", work: "Work", ways: "tuple[Way, ...]
             times: dict[str, float] = row["milliseconds"].get(work, {})
             timed: list[Way] = [way for way in ways if way in times]
             if len(timed) > 1 and all(way in times for way in ways if "triton" in way):
-                fastest: Way = min(timed, key=times.__getitem__)
+                # Compiling takes longer to start than a few per cent ever save.
+                fastest: Way = min(timed, key=lambda way: times[way] * (COMPILING if "compile" in way else 1))
                 return fastest, f"fastest in {' and '.join(row['from'])}"
     return None
 
 
-def table_row(files: list[Path]) -> dict[str, Any]:
-    """A row of the table from one card's JSON of bench.steps and, after it, of its recorded steps of training, which is how a run takes
-    them; what was not measured, or failed its check, is left out."""
-    results, *recorded = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+def table_row(file: Path) -> dict[str, Any]:
+    """A row of the table from one card's JSON of bench.steps; what was not measured, or failed its check, is left out."""
+    results = json.loads(file.read_text(encoding="utf-8"))
     times = {row["row"]: row["ms"] for row in results["rows"] if "ms" in row and "error" not in row}
     found = {
         work: {
@@ -81,25 +82,19 @@ def table_row(files: list[Path]) -> dict[str, Any]:
         }
         for work, ways in ROWS.items()
     }
-    for row in (row for more in recorded for row in more["rows"]):
-        if (row["method"], row["steps"]) == ("lora", "recorded"):
-            found["training"][RECORDED[row["path"]]] = row["median_ms_from_third"]
     environment = results["environment"]
     return {
         "device": environment["device"],
         **SHAPES,
-        "from": [f"bench/results/{file.name}" for file in files],
+        "from": [f"bench/results/{file.name}"],
         "torch": environment["packages"]["torch"],
         "milliseconds": found,
     }
 
 
 def make_table(files: list[Path]) -> list[dict[str, Any]]:
-    """A row for each card: files named `steps-CARD.json`, with `recorded-CARD.json` where there is one."""
-    cards: dict[str, list[Path]] = {}
-    for file in sorted(files, reverse=True):  # steps before recorded
-        cards.setdefault(file.stem.partition("-")[2], []).append(file)
-    return [table_row(cards[card]) for card in sorted(cards)]
+    """A row for each card: files named `steps-CARD.json`."""
+    return [table_row(file) for file in sorted(files)]
 
 
 if __name__ == "__main__":

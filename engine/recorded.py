@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import note_peak
+
 CAPTION_LENGTHS = 8
 """Records of a computation that are held at once: captions of another length have another."""
 
@@ -18,6 +20,7 @@ class Recorded:
     gradients that exist already (they are added to). Gradients that it makes lie in the record's storage, as its result does, and
     are overwritten by the next call.
 
+    working: bytes that a call uses beside its result, which `memory.peak_memory` counts.
     warm_ups: runs before recording, in which code compiles and libraries choose algorithms; they have the computation's effects.
     pool: memory of an earlier record (`pool` of that record), to be used again: a call of either then overwrites the other's
     result. The same kernels run on the same numbers as in `compute`, so equal bits are expected; README.md says what was seen of
@@ -38,9 +41,12 @@ class Recorded:
                 compute(*self.inputs)
         torch.cuda.current_stream().wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
+        note_peak(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
         # Other threads may go on using the card.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = compute(*self.inputs)
+        self.working = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
     @property
     def pool(self) -> Any:
@@ -50,6 +56,7 @@ class Recorded:
         if len(inputs) != len(self.inputs):
             raise ValueError(f"{len(self.inputs)} inputs were recorded, {len(inputs)} given")
         self._take(inputs)
+        note_peak(torch.cuda.memory_allocated() + self.working)
         self.graph.replay()
         return self.result
 
@@ -68,10 +75,14 @@ class Recorded:
 
 
 def _room(tensor: Tensor) -> Tensor:
-    """Storage for a tensor like this; one that is expanded gets a place for each of its numbers."""
+    """Storage for a tensor like this, of its strides and as far into its memory, all of which a compiler may look at; one that is
+    expanded gets a place for each of its numbers."""
     if any(stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    start = tensor.storage_offset()
+    last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.empty(last + 1, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, tensor.stride(), start)
 
 
 class Records:

@@ -20,6 +20,7 @@ from ..suite import Absent, Row
 from . import need, version_of
 
 if TYPE_CHECKING:
+    from ...engine.models.stdit3 import STDiT3
     from ..step_scene import Scene
 
 INSTALL = "pip install peft"
@@ -47,6 +48,11 @@ def inject(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
     for parameter in found:
         parameter.requires_grad_(True)
     return found
+
+
+def of_layers(model: "STDiT3") -> list[nn.Parameter]:
+    """peft's parameters in the order in which our layers run, spatial and temporal in turn, which is that of our adapters."""
+    return [p for layer in model.layers for name, p in layer.named_parameters() if "lora_" in name]
 
 
 def remove(model: nn.Module) -> None:
@@ -95,7 +101,8 @@ def step_row(who: str) -> Callable[[Pair], Row]:
         with torch.no_grad():
             text = task.captions()
         if who == "peft":
-            parameters = inject(model, pair.rank, ALPHA)
+            inject(model, pair.rank, ALPHA)
+            parameters = of_layers(model)
             try:
                 with torch.no_grad():
                     pair.start = [start_of(index, p) for index, p in enumerate(parameters)]

@@ -20,18 +20,19 @@ class RecordedLoss:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], loss: Callable[..., Tensor], limit: int) -> None:
-        self.parameters, self.loss = list(parameters), loss
-        self.records = Records(self._descend, limit)
+        self.parameters = parameters = list(parameters)
 
-    def _descend(self, *inputs: Tensor) -> list[Tensor | None]:
-        value = self.loss(*inputs)
-        value.backward()
-        return [value.detach(), *(parameter.grad for parameter in self.parameters)]
+        def descend(*inputs: Tensor) -> list[Tensor | None]:
+            for parameter in parameters:
+                parameter.grad = None  # made anew by the computation, and when it is recorded in the record's memory
+            value = loss(*inputs)
+            value.backward()
+            return [value.detach(), *(parameter.grad for parameter in parameters)]
+
+        self.records = Records(descend, limit)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The loss, detached."""
-        for parameter in self.parameters:
-            parameter.grad = None  # made anew by the computation, and when it is recorded in the record's memory
         value, *gradients = self.records(*inputs)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

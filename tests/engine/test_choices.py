@@ -179,12 +179,8 @@ def test_the_fastest_that_ran_is_taken():
 def test_the_shipped_table_is_the_benches_results(monkeypatch: pytest.MonkeyPatch):
     made = json.loads(path_table.TABLE.read_text())
     files = [ROOT / name for row in made for name in row["from"]]
-    assert sorted((ROOT / "bench" / "results").glob("steps-*.json")) == [f for f in files if f.name.startswith("steps")]
-    launched = path_table.make_table([file for file in files if file.name.startswith("steps")])
-    for row, steps in zip(made, launched, strict=True):
-        assert all(row["milliseconds"][work] == steps["milliseconds"][work] for work in WORKS if work != "training")
-    if all(file.exists() for file in files):  # results of recorded steps lie in a file of their own
-        assert made == path_table.make_table(files), (path_table.__doc__ or "").splitlines()[2]
+    assert sorted((ROOT / "bench" / "results").glob("steps-*.json")) == files
+    assert made == path_table.make_table(files), (path_table.__doc__ or "").splitlines()[2]
     experiment, every = tiny_experiment(), ("plain", "compile", "triton", "triton + compile")
     assert path_table.fastest_known(experiment, "sampling", every) is None
     row, config = made[0], experiment.dit.config
@@ -199,7 +195,8 @@ def test_the_shipped_table_is_the_benches_results(monkeypatch: pytest.MonkeyPatc
         times = row["milliseconds"][work]
         ways = tuple(times)
         found = path_table.fastest_known(experiment, work, ways)
-        assert found and times[found[0]] == min(times.values()) and row["from"][0] in found[1]
+        assert found and times[found[0]] <= 1.03 * min(times.values()) and row["from"][0] in found[1]
+        assert "compile" not in found[0]  # none of these gains what compiling costs
     row["milliseconds"]["training"].pop("triton")  # a way on the kernels that nobody timed
     assert path_table.fastest_known(experiment, "training", every) is None
 

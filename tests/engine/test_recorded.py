@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from vidtta.engine import memory
 from vidtta.engine.demo.training import Cards, Plan, Trainer
 from vidtta.engine.recorded import Recorded
 
@@ -31,6 +32,8 @@ def events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda beside: inside(beside.name))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: seen.append("replay")))
+    for name in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: inside(f"graph {options['pool']}"))
     return seen
 
@@ -58,8 +61,8 @@ def test_inputs_are_copied_to_where_the_record_reads_them(events):
 
 def test_inputs_that_lie_there_already_are_not_copied_again(events, monkeypatch):
     copies = []
-    whole = torch._foreach_copy_
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, given: copies.append(len(to)) or whole(to, given))
+    whole = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr("torch._foreach_copy_", lambda to, given: copies.append(len(to)) or whole(to, given))
     clip, noise = torch.ones(2), torch.ones(3)
     record = Recorded(lambda clip, noise: clip.sum() + noise.sum(), (clip, noise), warm_ups=0)
     record(clip, torch.zeros(3))
@@ -71,11 +74,27 @@ def test_inputs_that_lie_there_already_are_not_copied_again(events, monkeypatch)
     assert record.inputs[0].tolist() == [2, 2] and record.inputs[1].tolist() == [1, 1, 1]
 
 
+def test_what_a_replay_works_in_counts_to_the_peak(events, monkeypatch):
+    """The allocator holds it free, so that without this a clip of replayed steps would seem to need next to nothing."""
+    in_use, peaks = iter([10, 30]), iter([25, 90, 31])  # after recording, at a replay; before recording, of it, since
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(in_use))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: next(peaks))
+    monkeypatch.setattr(memory, "_noted", 0)
+    record = Recorded(lambda x: x + 1, (torch.ones(2),), warm_ups=0)
+    assert record.working == 80
+    record(torch.zeros(2))
+    assert memory.peak_memory(torch.device("cuda")) == 110
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+    memory.reset_peak_memory(torch.device("cuda"))
+    assert memory._noted == 0
+
+
 def test_inputs_keep_their_strides(events):
     """Code that was compiled for what was launched is not compiled anew for what is recorded."""
-    sparse, expanded = torch.arange(12.0).view(3, 2, 2)[:, 0], torch.ones(1, 2).expand(3, 2)
+    sparse, expanded = torch.arange(12.0).view(3, 2, 2)[:, 1], torch.ones(1, 2).expand(3, 2)
     record = Recorded(lambda a, b: a + b, (sparse, expanded), warm_ups=0)
     assert [mine.stride() for mine in record.inputs] == [(4, 1), (2, 1)]
+    assert record.inputs[0].storage_offset() == sparse.storage_offset() == 2
     assert torch.equal(record.inputs[0], sparse) and torch.equal(record.inputs[1], expanded)
 
 

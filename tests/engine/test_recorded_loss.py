@@ -1,10 +1,13 @@
 """Recorded steps and features: the bits of launched ones, for every clip that a record serves."""
 
+import gc
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from vidtta.engine import recorded
 from vidtta.engine.adaptation import AdaptationSettings
 from vidtta.engine.clip import Known, continue_clip, encode_known
@@ -26,7 +29,9 @@ class StandIn:
 
     def __init__(self, compute, inputs, *, warm_ups, pool=None):
         assert warm_ups == 0
-        self.compute, self.inputs, self.pool = compute, [tensor.detach().clone() for tensor in inputs], object()
+        self.compute, self.inputs, self.pool = compute, [recorded._room(tensor) for tensor in inputs], object()
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given.detach())
         self.given_pool = pool
         found = compute(*self.inputs)
         self.single = isinstance(found, torch.Tensor)
@@ -36,8 +41,6 @@ class StandIn:
     def __call__(self, *inputs):
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
-        for parameter in getattr(getattr(self.compute, "__self__", None), "parameters", ()):
-            parameter.grad = None  # a graph writes gradients anew
         found = self.compute(*self.inputs)
         for mine, one in zip(self.result, [found] if self.single else found, strict=True):
             if mine is not None:
@@ -165,6 +168,44 @@ def test_a_record_samples_every_clip_with_the_bits_of_launched_steps(device, kin
     assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
 
 
+def test_what_was_compiled_for_launched_calls_serves_records(device):
+    """A record that compiled anew would do so while it records, where a card allows little."""
+    counter = CompileCounterWithBackend("eager")
+    model = tiny.tiny_dit().to(device)
+    use_paths(model, Paths(compiled=True, compiler=counter, methods="plain"))
+    adapter = Delta(steps=1).attach(model, 0)
+    one = task(model, "a", FIXED, False)
+    draws, graphs = [one.draw(k) for k in range(3)], []
+    for count in (1, 3):
+        adapter._cache(one, draws[:count])
+        graphs.append(counter.frame_count)
+    adapter.detach()
+    use_paths(model, None)
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 2
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_detached_method_keeps_no_record(device, kind):
+    """Its memory is the next arm's: it may not wait for Python's collector, which knows nothing of a card's memory."""
+    method, settings = METHODS[kind]
+    model = tiny.tiny_dit().to(device)
+    use_paths(model, Paths(methods="plain") if device.type == "cuda" else None)
+    adapter = method.attach(model, 0)
+    adapt(model, adapter, "a", settings, False)
+    adapt(model, adapter, "a", settings, False)
+    held = adapter.recorded.records if kind.startswith(("full", "lora")) else adapter.recorded
+    record = weakref.ref(next(iter(held.held.values())))
+    del held
+    gc.disable()
+    try:
+        adapter.detach()
+        if device.type == "cpu":
+            StandIn.made.clear()
+        assert record() is None
+    finally:
+        gc.enable()
+
+
 def test_the_first_call_at_a_shape_runs_the_second_is_recorded_the_rest_replayed(device):
     calls = []
 
@@ -209,6 +250,8 @@ def test_what_is_recorded_follows_the_path_of_each_work(monkeypatch):
     for way, wanted in ((None, (False, False)), (Paths(), (True, True)), (by_work, (False, True))):
         model.paths = way
         assert (paths.records(model, "training"), paths.records(model, "features")) == wanted
+    model.paths = Paths(compiled=True, compiler="eager")
+    assert not paths.records(model, "training") and paths.records(model, "sampling")
     model.paths = replace(Paths(), recorded=False)
     assert not paths.records(model, "training")
     model.paths, model.recompute = Paths(), True
