@@ -330,16 +330,19 @@ def test_attention_is_measured_at_every_shape_of_a_run(monkeypatch: pytest.Monke
     assert found is None and why.startswith("torch's choice, as none of cudnn runs at ")
 
 
-@interpreted
-def test_what_is_computed_again_leaves_the_bits_and_is_recorded(lab, capsys):
-    words = ("model.kernels=triton", "data.limit=1")
-    for name, more in (("keeps", ()), ("remade", ("model.remade=[rotation, hidden]",))):
-        assert lab.run(name, *words, *more, arms={"lora": LORA}) == 0
-    keeps, remade = (lab.results(name)["lora/ball"] for name in ("keeps", "remade"))
-    assert keeps["generated"] == remade["generated"]
-    assert remade["adaptation"]["ways"]["computed again"] == "rotation and hidden"
-    assert "computed again" not in keeps["adaptation"]["ways"]
-    capsys.readouterr()
+def test_what_a_recipe_has_computed_again_is_in_force_for_training_on_the_kernels_alone(lab, capsys):
+    experiment = tiny_experiment()
+    for way, wanted in (("triton", ("rotation", "hidden")), ("compile", ())):
+        choices = Choices(training=way, features="plain", sampling="triton", vae="plain")
+        put_in_force(
+            choices, experiment.dit, experiment.vae, features_tokens=42, strict=False, remade=("rotation", "hidden")
+        )
+        paths = experiment.dit.paths
+        assert paths.training.remade == wanted and paths.sampling.remade == ()
+        adapter = LoRA(rank=2).attach(experiment.dit, 0)
+        assert adapter.ways.get("computed again") == (" and ".join(wanted) or None)
+        adapter.detach()
+        use_paths(experiment.dit, None)
     assert lab.run("plain ways", "model.kernels=plain", "model.remade=[hidden]", arms={"lora": LORA}) == 2
     assert "remade must be empty where kernels is plain" in one_sentence(capsys)
 
