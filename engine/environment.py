@@ -1,6 +1,5 @@
 """Where a run ran: versions, device, and the code's commit."""
 
-import os
 import platform
 import subprocess
 from functools import cache
@@ -22,11 +21,6 @@ PACKAGES = (
     "flash-attn-4",
     "xformers",
 )
-
-
-def usable_cpus() -> int:
-    """Processors that this process may use: a job's share, not the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

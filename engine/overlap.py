@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from .environment import usable_cpus
+from .processors import usable_cpus
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -15,7 +15,7 @@ from .choices import PLAIN, Choices
 from .clip import Experiment, Progress, encode_known, timed
 from .data.clips import Clip, clip_hash
 from .data.video import to_uint8, write_video
-from .environment import describe_code, device_name, usable_cpus
+from .environment import describe_code, device_name
 from .errors import UserError
 from .files import sha256_json, write_json, write_tensors
 from .gate import Gate, load_gate
@@ -26,6 +26,7 @@ from .metrics.complexity import compute_complexity
 from .metrics.lpips import LPIPS
 from .models.load import Models
 from .models.stdit3 import Caption
+from .processors import usable_cpus
 from .references import Scores, begin_reference_scores, begin_scores, begin_truth_flow
 from .rundir import RunDirectory, check_same_settings, read_json
 from .seeds import generator_for, seed_for

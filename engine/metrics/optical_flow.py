@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..environment import usable_cpus
 from ..fetch import HUB_FILES, torch_hub_file, verify_hub_file
 from ..models.checkpoint import load_strict, open_state
 from ..opencv import import_cv2
+from ..processors import usable_cpus
 from ..torchvision_ops import declare_missing_operators
 from .frames import check_pair, unit_range
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..environment import usable_cpus
+from ..processors import usable_cpus
 from .frames import check_pair
 from .lpips import LPIPS
 from .optical_flow import FlowName, begin_flow, end_point_error

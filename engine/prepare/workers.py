@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..environment import usable_cpus
+from ..processors import usable_cpus
 from .settings import Settings
 
 
