@@ -83,6 +83,6 @@ if __name__ == "__main__":
     torch.utils._triton.has_triton = lambda *_: True
     for method in ("full", "lora"):
         for windowed in (False, True):
-            for remade in ((), ("rotation",), ("rotation", "hidden")):
+            for remade in ((), ("rotation", "hidden")):
                 row = {"method": method, "windowed": windowed, "remade": remade, "kept": kept(method, windowed, remade)}
                 print(json.dumps(row), flush=True)

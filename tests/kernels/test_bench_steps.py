@@ -13,7 +13,7 @@ NAMES = [
     "attention", "sample3 eager", "sample3 fused", "sample3 fused, reused", "sample3 compiled", "lora eager", "lora fused",
     "delta steps mid eager", "delta steps mid fast", "full eager", "full fused, not compiled",
 ]  # fmt: skip
-FLOAT8 = ["sample3 fused, float8", "lora fused, float8", "float8 weights"]
+FLOAT8 = ["sample3 fused, float8", "float8 weights"]
 
 
 @on_cpu
@@ -31,7 +31,7 @@ def test_rows_run_and_agree_with_the_eager_path():
         rows["sample3 fused"]["flops"] == rows["sample3 eager"]["flops"] > 0 < rows["sample3 fused"]["share_of_product"]
     )
     assert rows["sample3 compiled"]["graphs_more"] == 0 and rows["sample3 compiled"]["breaks_more"] == 0
-    for name in FLOAT8[:2]:
+    for name in FLOAT8[:1]:
         assert 1e-5 < rows[name]["distance_from_eager"] < 0.05 and rows[name]["path"].endswith(
             "frozen linears in float8"
         )
