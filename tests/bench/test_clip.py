@@ -53,7 +53,7 @@ def test_the_table_of_the_feature_cache(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_row_in_float8_tells_what_quantising_anew_costs():
-    row = row_of("clip full float8")
+    row = row_of("clip none float8")
     assert "error" not in row, row
     assert row["seconds"]["quantise"] > 0 and "frozen linears in float8" in row["path"]
 

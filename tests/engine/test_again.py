@@ -60,7 +60,7 @@ def test_what_a_compiled_layer_keeps(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 8
+    assert len(rows) == 4
     low_rank = 2 / 3
     for row in rows:
         remade, full = row["remade"], row["method"] == "full"
