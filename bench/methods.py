@@ -190,7 +190,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="ARM", help="these arms alone")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no further arm after this")
     parser.add_argument("--recipe", help="another recipe's arms")
-    parser.add_argument("--paths", choices=("eager", "compiled", "fused", "fused, not compiled"), default="eager", help="how layers compute")
+    parser.add_argument(
+        "--paths",
+        choices=("eager", "compiled", "fused", "fused, not compiled"),
+        default="eager",
+        help="how layers compute",
+    )
     parser.add_argument("--nondeterministic", action="store_true", help="let torch choose algorithms freely")
     parser.add_argument("--commit", help="the code's commit, where the machine has no checkout to ask")
     parser.add_argument("--check", action="store_true", help="a small network on the CPU; checks alone")
