@@ -114,7 +114,7 @@ def describe_path(paths: Paths | None) -> str:
         return "plain PyTorch"
     parts = ["Triton kernels" if paths.kernels == "triton" else "plain code"]
     parts += [f"torch.compile ({paths.compiler})"] if paths.compiled else ["not compiled"]
-    parts += ["steps recorded" if not paths.compiled else "sampling and features recorded"] if paths.recorded else []
+    parts += ["steps recorded"] if paths.recorded else []
     if paths.attention is not None:
         chosen = sorted({*paths.attention.forward.values(), *paths.attention.training.values()})
         parts.append(f"attention {paths.attention.pinned or '/'.join(chosen)}")
