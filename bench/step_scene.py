@@ -90,14 +90,18 @@ class Scene:
         if self.device.type == "cpu" and name.startswith("fused"):
             plain = replace(plain, compiled=False)  # Triton's interpreter cannot be traced
         kernels = Paths(kernels="triton", gelu_in_product=True, **attention)
+        fused = replace(plain, kernels="triton", gelu_in_product=True, **attention)
         return {
             "compiled": plain,
             "compiled + attention": replace(plain, **attention),
-            "fused": replace(plain, kernels="triton", gelu_in_product=True, **attention),
-            "fused, launched": replace(plain, kernels="triton", gelu_in_product=True, recorded=False, **attention),
+            "fused": fused,
+            "fused, launched": replace(fused, recorded=False),
             "fused, not compiled": kernels,
             "fused, not compiled, rotation again": replace(kernels, remade=("rotation",)),
+            "fused, not compiled, half again": replace(kernels, remade=("rotation", "half_hidden")),
             "fused, not compiled, both again": replace(kernels, remade=("rotation", "hidden")),
+            "fused, rotation again": replace(fused, remade=("rotation",)),
+            "fused, half again": replace(fused, remade=("rotation", "half_hidden")),
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]

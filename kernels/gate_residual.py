@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .common import block_for, cdiv, check, check_runs, jit, padded_rank
 from .lora_linear import outer_product, skinny_product
 from .windows import WINDOW, Grid, ungroup_windows, window_row
@@ -139,7 +140,7 @@ def _backward(
         dout, dout if h is None else h, gate, dout if z is None else z, dout if up is None else up, dh, parts, N, rank,
         R=R, GATE=h is not None, **_options(D, windows),
     )  # fmt: skip
-    return dh, None if h is None else parts.sum(1, keepdim=True).to(gate.dtype)
+    return dh, None if h is None else column_sums(parts, gate.dtype).unsqueeze(1)
 
 
 class _GateResidual(torch.autograd.Function):
