@@ -10,7 +10,7 @@ from .kernel_cases import Case, Inputs, Sizes, randn
 
 def sum_cases(s: Sizes) -> Iterator[Case]:
     """At the first shape alone; sums serve gradients."""
-    name, B, grid = s.batches[0]
+    _, B, grid = s.batches[0]
     tokens = B * grid.tokens
     for M, N in ((tokens, s.dim), (tokens, 3 * s.dim), (-(-tokens // 32), s.dim)):
 
@@ -18,6 +18,6 @@ def sum_cases(s: Sizes) -> Iterator[Case]:
             return [randn(device, dtype, M, N)]
 
         yield Case(
-            f"column_sums {M} x {N}", name, make, column_sums.column_sums_reference, {"triton": column_sums.column_sums},
+            "column_sums", f"{M} x {N}", make, column_sums.column_sums_reference, {"triton": column_sums.column_sums},
             (2 * M * N, M * N), variants=tuple((column_sums, {"SPLITS": splits}) for splits in (16, 64)),
         )  # fmt: skip

@@ -7,8 +7,8 @@ gradients of keys and values only where they are asked for, in parts that are ad
 Axes: B samples, N tokens, L tokens of a caption, H heads, d channels of a head; D is d rounded up to a power of two.
 """
 
-# pyright: reportUnboundVariable=false
-# (a kernel gives some names a value only under a constexpr condition)
+# pyright: reportUnboundVariable=false, reportGeneralTypeIssues=false
+# (a kernel gives some names a value only under a constexpr condition, and loops over a range of its own)
 
 from typing import Any
 
