@@ -289,6 +289,13 @@ def residual_cases(s: Sizes) -> Iterator[Case]:
             )  # fmt: skip
 
 
+PRE_VARIANTS = (
+    (1, 1, 1584, 1), (1, 1, 1584, 2), (1, 1, 1584, 3), (1, 1, 1584, 6), (1, 1, 1056, 4), (1, 1, 1716, 4), (1, 2, 1320, 4),
+    (2, 2, 792, 3), (2, 4, 528, 1), (2, 4, 528, 3), (4, 4, 396, 1), (4, 4, 396, 3), (8, 8, 132, 3),
+)  # fmt: skip
+"""Tokens and warps of a program, programs (as many as registers allow at once), and stages of the loop over tokens at site pre."""
+
+
 def delta_cases(s: Sizes) -> Iterator[Case]:
     """One step of the delta at site pre: loss and gradient together. The map from features to outputs is float32 in all."""
     K, D, C = s.draws, s.dim, s.outputs
@@ -297,9 +304,11 @@ def delta_cases(s: Sizes) -> Iterator[Case]:
         def make(device: torch.device, dtype: torch.dtype, N: int = N) -> Inputs:
             features, residual = randn(device, dtype, K, N, D, scale=3), randn(device, torch.float32, K, N, C)
             maps = randn(device, torch.float32, K, C, D, scale=D**-0.5)
-            cached = delta_features.prepare(features, residual, None, maps)
+            kept = delta_features.prepare(features, residual, None, maps)
             delta = randn(device, torch.float32, K, D, scale=0.3)
-            return [features, residual, maps, delta, cached.means, cached.target, cached.projected]
+            centred = delta - delta.mean(-1, keepdim=True)
+            added = (kept.maps * centred[:, None]).sum(-1, dtype=torch.float64)
+            return [features, residual, maps, delta, centred, added, kept.means, kept.target, kept.maps, kept.projected]
 
         def plain(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
             def step(features, residual, maps, delta, *_):
@@ -312,16 +321,20 @@ def delta_cases(s: Sizes) -> Iterator[Case]:
 
             return step
 
-        def ours(features, residual, maps, delta, means, target, projected):
-            cached = delta_features.Features(features, means, target, None, maps, projected)
-            return delta_features.pre_loss_and_gradient(cached, delta)
+        def ours(features, residual, maps, delta, centred, added, means, target, centred_maps, projected):
+            kept = delta_features.Features(features, means, target, None, target[0].numel(), centred_maps, projected)
+            loss = delta.new_empty(1)
+            gradient = delta_features.pre_gradient(kept, centred, added, loss, 0)
+            return loss[0], gradient
 
         yield Case(
             "delta pre step", f"{K} x {N}", make, plain(delta_features.loss_reference),
             {"triton": ours, "compiled": plain(torch.compile(delta_features.loss_reference, dynamic=False))},
             (2 * K * N * D + 8 * K * N * C, 0),
             compile=False,
-            variants=tuple((delta_features, {"BLOCK_N": n, "PROGRAMS": p}) for n, p in ((1, 1056), (4, 396), (2, 1584))),
+            variants=tuple(
+                (delta_features, {"BLOCK_N": n, "WARPS": w, "PROGRAMS": p, "STAGES": s}) for n, w, p, s in PRE_VARIANTS
+            ),
         )  # fmt: skip
 
         def sums(residual):
