@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..engine.models.stdit3 import STDiT3Config
 from ..kernels import (
-    delta_features,
     gate_residual,
     lora_linear,
     norm_linear,
@@ -289,68 +288,6 @@ def residual_cases(s: Sizes) -> Iterator[Case]:
             )  # fmt: skip
 
 
-PRE_VARIANTS = (
-    (1, 1, 1584, 1), (1, 1, 1584, 2), (1, 1, 1584, 3), (1, 1, 1584, 6), (1, 1, 1056, 4), (1, 1, 1716, 4), (1, 2, 1320, 4),
-    (2, 2, 792, 3), (2, 4, 528, 1), (2, 4, 528, 3), (4, 4, 396, 1), (4, 4, 396, 3), (8, 8, 132, 3),
-)  # fmt: skip
-"""Tokens and warps of a program, programs (as many as registers allow at once), and stages of the loop over tokens at site pre."""
-
-
-def delta_cases(s: Sizes) -> Iterator[Case]:
-    """One step of the delta at site pre: loss and gradient together. The map from features to outputs is float32 in all."""
-    K, D, C = s.draws, s.dim, s.outputs
-    for N in s.counted:
-
-        def make(device: torch.device, dtype: torch.dtype, N: int = N) -> Inputs:
-            features, residual = randn(device, dtype, K, N, D, scale=3), randn(device, torch.float32, K, N, C)
-            maps = randn(device, torch.float32, K, C, D, scale=D**-0.5)
-            kept = delta_features.prepare(features, residual, None, maps)
-            delta = randn(device, torch.float32, K, D, scale=0.3)
-            centred = delta - delta.mean(-1, keepdim=True)
-            added = (kept.maps * centred[:, None]).sum(-1, dtype=torch.float64)
-            return [features, residual, maps, delta, centred, added, kept.means, kept.target, kept.maps, kept.projected]
-
-        def plain(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-            def step(features, residual, maps, delta, *_):
-                # The engine keeps features in 16 bits and computes in float32.
-                wide = features.float() if features.dtype != torch.float64 else features
-                with torch.enable_grad():
-                    leaf = delta.detach().requires_grad_()
-                    value = loss(wide, residual, None, maps, leaf)
-                    return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-            return step
-
-        def ours(features, residual, maps, delta, centred, added, means, target, centred_maps, projected):
-            kept = delta_features.Features(features, means, target, None, target[0].numel(), centred_maps, projected)
-            loss = delta.new_empty(1)
-            gradient = delta_features.pre_gradient(kept, centred, added, loss, 0)
-            return loss[0], gradient
-
-        yield Case(
-            "delta pre step", f"{K} x {N}", make, plain(delta_features.loss_reference),
-            {"triton": ours, "compiled": plain(torch.compile(delta_features.loss_reference, dynamic=False))},
-            (2 * K * N * D + 8 * K * N * C, 0),
-            compile=False,
-            variants=tuple(
-                (delta_features, {"BLOCK_N": n, "WARPS": w, "PROGRAMS": p, "STAGES": s}) for n, w, p, s in PRE_VARIANTS
-            ),
-        )  # fmt: skip
-
-        def sums(residual):
-            found = delta_features.residual_sums(residual, None)
-            return found.residual, found.square
-
-        def plain_sums(residual):
-            return residual.sum(1), residual.square().sum((1, 2))
-
-        yield Case(
-            "delta sums", f"{K} x {N}",
-            lambda device, dtype, N=N: [randn(device, torch.float32, K, N, C)],
-            plain_sums, {"triton": sums}, (4 * K * N * C, 0),
-        )  # fmt: skip
-
-
 def vae_cases(s: Sizes) -> Iterator[Case]:
     """Between the convolutions of the VAE's decoder; float32 is the truth, as float64 would not fit."""
     for C, T, H, W in s.chunk:
@@ -396,12 +333,13 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    from .float8_cases import linear_cases, quantize_cases  # which take their parts from here
+    from .delta_cases import delta_cases, delta_step_cases  # which take their parts from here, as do those below
+    from .float8_cases import linear_cases, quantize_cases
     from .optimizer_cases import optimizer_cases
 
     groups = [
-        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases, vae_cases,
-        optimizer_cases, quantize_cases, linear_cases,
+        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases,
+        delta_step_cases, vae_cases, optimizer_cases, quantize_cases, linear_cases,
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]

@@ -197,9 +197,8 @@ def test_either_gram_matrix_gives_the_least_squares_solution(rows, width, ridge)
 
 
 def test_a_ridge_that_rounding_swallows_is_refused():
-    A = noise(1, 2, 8).double().expand(-1, 8)[[0, 0, 1]]
     with pytest.raises(ValueError, match=r"^ridge 1e-30 is lost in the rounding of the normal equations"):
-        least_squares(A, noise(2, 3).double(), 1e-30)
+        least_squares(torch.ones(2, 4).double(), torch.ones(2).double(), 1e-30)
 
 
 @pytest.mark.parametrize("ranges", [1, 2])
