@@ -10,8 +10,7 @@ The last layer computes W (LN(h) * (1 + scale_t) + shift_t) + b for each token. 
 All that comes before is constant for fixed draws, so the layers run once a draw without gradients and their output is kept.
 The objective is mean over draws, tokens and channels of the squared error, plus ridge |d|^2. For the linear sites its optimum
 solves normal equations, in D unknowns or in one for each output of each draw, whichever are fewer (closed form); AdamW serves
-every site. Both are float32 or wider, added to the
-network's own output, so d = 0 is exactly the base.
+every site. Both are float32 or wider, added to the network's own output, so d = 0 is exactly the base.
 """
 
 from collections.abc import Iterator
@@ -337,13 +336,10 @@ class DeltaAdapter:
         maps = self.layer.map_of(torch.cat([c.state.time for c in cached]))[:, self.used]  # M: [K, 4C, D]
         residual = torch.cat([c.residual for c in cached])
         sums = residual_sums_reference(residual.double(), cached[0].weight[0].double())
-        share = sums.count / (
-            len(cached) * sums.count.sum(-1, keepdim=True)
-        )  # of the tokens of a draw's output in the mean
+        # What a draw's output weighs in the mean; one that never counts, where an odd side is padded, has a row of zeros.
+        share = sums.count / (len(cached) * sums.count.sum(-1, keepdim=True))
         rows = maps * share.sqrt()[:, :, None]
-        wanted = (
-            share.sqrt() * sums.residual / sums.count.clamp(min=1)
-        )  # an output that never counts has a row of zeros
+        wanted = share.sqrt() * sums.residual / sums.count.clamp(min=1)
 
         def loss() -> float:
             return linear_loss_and_gradient(sums, maps, self.layer.d[ranges])[0].item()
