@@ -2,7 +2,8 @@
 
 Only what is timed is imported, four modules and what they import: packages on the way there are entered without running their
 `__init__`, which would import datasets, text encoders and older models; and its loader of checkpoints, which is not used here and
-needs colossalai, is left out. Raises Absent, in a sentence, where that cannot be imported.
+needs colossalai, is left out. flash-attn and xformers may be replaced by PyTorch's attention (sdpa.py), packages that compute nothing
+by what plumbing.py has; timm, einops and transformers must be installed. Raises Absent, in a sentence, where it cannot be imported.
 """
 
 import importlib
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from ...engine.models.stdit3 import STDiT3Config as DiTSizes
 from ...engine.models.vae import CHUNK_FRAMES
 from ...engine.models.vae import VAEConfig as VAESizes
+from ...engine.torchvision_ops import declare_missing_operators
 from ..suite import Absent
-from . import need, version_of
-from .sdpa import put_in_place
+from . import need, plumbing, sdpa, version_of
 
 INSTALL = "pip install --no-deps git+https://github.com/hpcaitech/Open-Sora@opensora/v1.3, and what it names when it is imported"
 ENTERED = (
@@ -99,7 +100,9 @@ def load(device: torch.device) -> Official:
     """Import what is timed; raises Absent."""
     need("opensora", INSTALL)
     label = f"opensora {version_of('opensora')}"
-    replaced = put_in_place(device)
+    replaced = sdpa.put_in_place(device)
+    plumbing.put_in_place()
+    declare_missing_operators()  # timm and transformers import torchvision
     _enter()
     try:
         stdit = importlib.import_module("opensora.models.stdit.stdit3")
