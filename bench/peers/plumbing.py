@@ -5,12 +5,11 @@ row asks for. Whatever computes (timm's MLP, einops) must be installed.
 """
 
 import importlib.util
-import sys
 import typing
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, TypeVar
+
+from . import empty_module
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 
@@ -57,12 +56,5 @@ def put_in_place() -> None:
     packages = {name.partition(".")[0] for name in CONTENTS}
     missing = {name for name in packages if importlib.util.find_spec(name) is None}
     for name, contents in CONTENTS.items():
-        package, _, last = name.partition(".")
-        if package in missing:
-            module = ModuleType(name)
-            module.__spec__ = ModuleSpec(name, None)  # other packages ask for the specification of what is installed
-            module.__path__ = []
-            vars(module).update(contents)
-            sys.modules[name] = module
-            if last:
-                setattr(sys.modules[package], last, module)
+        if name.partition(".")[0] in missing:
+            vars(empty_module(name)).update(contents)
