@@ -55,7 +55,9 @@ def test_steps(ranges, D, C, rule, centre):
         ours = [steps.deltas[: taken + 1], steps.norms[:taken], steps.added, steps.centred]
         names = ["deltas", "norms", "added", *(["centred"] if centre else [])]
         for name, actual, exact, baseline in zip(names, ours, truth, torch32, strict=False):
-            assert_as_accurate(actual, exact, baseline, name)
+            # What is left of two channels less their mean is smaller than what was rounded: the deltas.
+            largest = truth[0].abs().max().item() if centre and name in ("added", "centred") else 0.0
+            assert_as_accurate(actual, exact, baseline, name, largest=largest)
         if taken < 3:
             steps.take(gradients[taken])
 
