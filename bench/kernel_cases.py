@@ -383,12 +383,12 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    from .float8_cases import linear_cases, quantize_cases  # which take their parts from here
+    from .float8_cases import float8_cases  # which take their parts from here
     from .optimizer_cases import optimizer_cases
 
     groups = [
         norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases, vae_cases,
-        optimizer_cases, quantize_cases, linear_cases,
+        optimizer_cases, *float8_cases,
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]
