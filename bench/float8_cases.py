@@ -82,7 +82,7 @@ def norm_quantize_cases(s: Sizes) -> Iterator[Case]:
                 },
                 variants=(
                     *((norm_modulate, {"BLOCK_N": n}) for n in (8, 32)),
-                    (norm_modulate, {"WARPS": 8}),
+                    (norm_modulate, {"WARPS": 2 if rank else 8}),
                     (norm_modulate, {"BLOCK_D": 256}),
                     *([] if rank else [(norm_modulate, {"BLOCK_N": 8, "BLOCK_D": 2048, "WARPS": 8})]),
                 ),

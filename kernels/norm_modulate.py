@@ -204,6 +204,8 @@ def _launch(
     B, N, D = x.shape
     mean, rstd = (x.new_empty(B, N, dtype=torch.float32) for _ in range(2))
     blocks = _blocks(D, down is not None)
+    if scales is not None and down is not None:
+        blocks["num_warps"] *= 2  # or a thread takes all registers that there are
     _forward_kernel[(cdiv(N, blocks["BLOCK_N"]), B)](
         x, shift, scale, x if down is None else down, out, low, mean if scales is None else scales, mean, rstd, N,
         0 if down is None else down.shape[0], D=D, R=0 if down is None else padded_rank(down.shape[0]), P=out.shape[2],

@@ -70,9 +70,7 @@ def test_projection_with_addition(case, K, rank, windowed, dtype, mode):
 @every_mode
 @every_dtype
 @pytest.mark.usefixtures("float8_cast")
-@pytest.mark.parametrize(
-    ("case", "rank"), [((2, Grid(1, 9, 3), 37), 0), ((2, Grid(1, 9, 3), 37), 3), ((1, Grid(1, 1, 5), 1152), 0)], ids=str
-)
+@pytest.mark.parametrize(("case", "rank"), [((2, Grid(1, 9, 3), 37), 3), ((1, Grid(1, 1, 5), 1152), 0)], ids=str)
 def test_rows_in_float8_are_those_of_the_result(case, rank, dtype, mode):
     """From window order; the result is to the bit that without them."""
     B, grid, D = case

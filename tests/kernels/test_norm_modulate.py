@@ -83,7 +83,7 @@ def test_every_row_is_normalised():
 
 @every_dtype
 @pytest.mark.usefixtures("float8_cast")
-@pytest.mark.parametrize(("shape", "rank"), [((2, 9, 37), 0), ((2, 9, 37), 3), ((1, 5, 1152), 16)], ids=str)
+@pytest.mark.parametrize(("shape", "rank"), [((2, 9, 37), 3), ((1, 5, 1152), 0)], ids=str)
 def test_rows_in_float8_are_those_of_the_unrounded_norm(shape, rank, dtype):
     """Widths that need zeros behind them, and the model's. The projection is as accurate as it is of n in 16 bits."""
     x, shift, scale = inputs(shape, dtype)
