@@ -3,8 +3,8 @@
 n = LN(x) * (1 + scale) + shift, without affine parameters (STDiT3's `layer_norm`). With a down projection A the output is
 [n, n A^T, 0]: n and its rank-r projection side by side, ready for one matrix product with [W, s B] (lora_linear.py), which
 so gets its low-rank part for 1 + r / D of the plain product. Saved for the backward: x, two numbers a row, the vectors; not n.
-For a product in float8 n is written as e4m3 values with a scale a row (quantize_rows.py) and never in 16 bits; its projection is still
-of n, not of these values.
+For a product in float8 n is written as e4m3 values with a scale a row (quantize_rows.py), rounded once, and never in 16 bits; its
+projection is still of n in x's dtype, not of these values.
 Axes: B samples, N tokens, D channels, R columns that a rank takes (common.padded_rank), P columns of a row in float8.
 """
 

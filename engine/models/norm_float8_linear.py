@@ -2,7 +2,7 @@
 the library multiplies them. What was quantised is n = LN(x) * (1 + scale) + shift in float32, rounded once.
 
 The gradient of n is that of the unrounded layer, dy W with W in 16 bits (float8_linear.py), and n is not kept: its own backward reads x
-again. Beside the layer, if wanted, the low-rank projection n A^T of the unrounded n. Operators of their own, so that a compiler need
+again. Beside the layer, if wanted, the low-rank projection n A^T, of n in x's dtype. Operators of their own, so that a compiler need
 not look in.
 Axes: B samples, N tokens, D inputs, E outputs, R columns that a rank takes.
 """

@@ -123,9 +123,9 @@ class Mlp(nn.Module):
         """Product and activation in one, of x, weight and bias; serves where nothing is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        joins = self.first is not None and not torch.is_grad_enabled() and isinstance(self.fc1, nn.Linear)
-        if self.first is not None and joins and not in_float8(self.fc1, x) and not in_float8(self.fc2, x):
-            return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
+        first = None if torch.is_grad_enabled() or in_float8(self.fc1, x) or in_float8(self.fc2, x) else self.first
+        if first is not None and isinstance(self.fc1, nn.Linear):
+            return self.fc2(first(x, self.fc1.weight, self.fc1.bias))
         return self.second(self.fc1(x))
 
     def second(self, hidden: Tensor) -> Tensor:
