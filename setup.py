@@ -71,6 +71,7 @@ setup(
             "optuna>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "scikit-image>=0.24",
             "playwright>=1.50",

@@ -43,7 +43,7 @@ def caption_cases(s: "Sizes") -> Iterator["Case"]:
         moved = B * N * H * d
         products = 4 * B * N * KEYS * H * d
         variants = tuple(
-            (caption_attention, {"BLOCK_M": m, "WARPS": w}) for m, w in ((128, 4), (128, 8), (32, 2), (64, 8))
+            (caption_attention, {name: value}) for name, value in (("EACH", 1), ("EACH", 8), ("STAGES", 1))
         )
         impls: dict[str, Any] = {"triton": ours} | ({"two of flash": apart} if s.dim > 100 else {})
         for kind, trained in (("", (0,)), (" text", (0, 1, 2, 3, 4))):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..engine.models.stdit3 import STDiT3Config
 from ..kernels import (
-    delta_features,
     gate_residual,
     lora_linear,
     norm_linear,
@@ -289,55 +288,6 @@ def residual_cases(s: Sizes) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def delta_cases(s: Sizes) -> Iterator[Case]:
-    """One step of the delta at site pre: loss and gradient together. The map from features to outputs is float32 in all."""
-    K, D, C = s.draws, s.dim, s.outputs
-    for N in s.counted:
-
-        def make(device: torch.device, dtype: torch.dtype, N: int = N) -> Inputs:
-            features, residual = randn(device, dtype, K, N, D, scale=3), randn(device, torch.float32, K, N, C)
-            maps = randn(device, torch.float32, K, C, D, scale=D**-0.5)
-            cached = delta_features.prepare(features, residual, None, maps)
-            delta = randn(device, torch.float32, K, D, scale=0.3)
-            return [features, residual, maps, delta, cached.means, cached.target, cached.projected]
-
-        def plain(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-            def step(features, residual, maps, delta, *_):
-                # The engine keeps features in 16 bits and computes in float32.
-                wide = features.float() if features.dtype != torch.float64 else features
-                with torch.enable_grad():
-                    leaf = delta.detach().requires_grad_()
-                    value = loss(wide, residual, None, maps, leaf)
-                    return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-            return step
-
-        def ours(features, residual, maps, delta, means, target, projected):
-            cached = delta_features.Features(features, means, target, None, maps, projected)
-            return delta_features.pre_loss_and_gradient(cached, delta)
-
-        yield Case(
-            "delta pre step", f"{K} x {N}", make, plain(delta_features.loss_reference),
-            {"triton": ours, "compiled": plain(torch.compile(delta_features.loss_reference, dynamic=False))},
-            (2 * K * N * D + 8 * K * N * C, 0),
-            compile=False,
-            variants=tuple((delta_features, {"BLOCK_N": n, "PROGRAMS": p}) for n, p in ((1, 1056), (4, 396), (2, 1584))),
-        )  # fmt: skip
-
-        def sums(residual):
-            found = delta_features.residual_sums(residual, None)
-            return found.residual, found.square
-
-        def plain_sums(residual):
-            return residual.sum(1), residual.square().sum((1, 2))
-
-        yield Case(
-            "delta sums", f"{K} x {N}",
-            lambda device, dtype, N=N: [randn(device, torch.float32, K, N, C)],
-            plain_sums, {"triton": sums}, (4 * K * N * C, 0),
-        )  # fmt: skip
-
-
 def vae_cases(s: Sizes) -> Iterator[Case]:
     """Between the convolutions of the VAE's decoder; float32 is the truth, as float64 would not fit."""
     for C, T, H, W in s.chunk:
@@ -383,12 +333,14 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
-    from .float8_cases import float8_cases  # which take their parts from here
+    from .delta_cases import delta_cases, delta_step_cases  # which take their parts from here, as do those below
+    from .float8_cases import float8_cases
     from .optimizer_cases import optimizer_cases
+    from .sum_cases import sum_cases
 
     groups = [
-        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases, vae_cases,
-        optimizer_cases, *float8_cases,
+        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases,
+        delta_step_cases, vae_cases, sum_cases, optimizer_cases, *float8_cases,
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]

@@ -21,7 +21,7 @@ from ..engine.models.paths import records, use_paths
 from ..engine.models.stdit3 import Condition
 from ..engine.models.vae_fast import use_channels_last, use_plain
 from ..engine.recorded import CAPTION_LENGTHS, Records
-from ..kernels.attention import Shape, choose, measure, self_attention_shapes
+from ..kernels.attention import MEASURED, Shape, choose, measure, self_attention_shapes
 from . import work
 from .step_scene import FLOAT8, Scene, describe, describe_path
 
@@ -61,7 +61,7 @@ def attention(scene: Scene) -> Row:
     """Measure the attention back ends at the shapes of adapting and sampling, and keep the choice for the other rows."""
     config, window = scene.experiment.dit.config, scene.experiment.window
     heads, dim, dtype = config.num_heads, config.hidden_size // config.num_heads, scene.experiment.dit.dtype
-    backends = ("cudnn", "flash", "efficient") if scene.device.type == "cuda" else ("flash", "math")
+    backends = MEASURED if scene.device.type == "cuda" else ("flash", "math")
     adapted, sampled = scene.grid(window.known_latents), scene.grid(window.latent_frames)
     wanted = [(1, adapted, True), (1, adapted, False), (1, sampled, False), (3, sampled, False)]
     rows: list[Row] = []
@@ -69,7 +69,7 @@ def attention(scene: Scene) -> Row:
         shapes = self_attention_shapes(samples, grid, heads, dim)
         rows += measure(shapes, scene.device, dtype, training=training, backends=backends, runs=5)
     scene.choice = choose(rows)
-    # To a caption: recorded only. Flash serves there, as it takes any number of keys, forward and backward.
+    # To a caption: recorded only, where `paths` names flash, which takes any number of keys, forward and backward.
     unknown = (window.latent_frames - window.known_latents) * sampled.rows * sampled.cols
     for training in (False, True):
         shape = Shape(1, unknown, scene.length, heads, dim)
@@ -399,6 +399,9 @@ ROWS: dict[str, Callable[[Scene], Row]] = {
     "full fused, not compiled": training(FULL, "fused, not compiled"),
     "sample1 fused, launched": sampling("fused, launched", 1),
     "lora fused, not compiled, rotation again": training(LORA, "fused, not compiled, rotation again"),
+    "lora fused, not compiled, half again": training(LORA, "fused, not compiled, half again"),
+    "lora fused, rotation again": training(LORA, "fused, rotation again"),
+    "lora fused, half again": training(LORA, "fused, half again"),
     "lora fused, not compiled, both again": training(LORA, "fused, not compiled, both again"),
     "full fused, not compiled, rotation again": training(FULL, "fused, not compiled, rotation again"),
     "delta features fused": delta_features("fused"),

@@ -90,14 +90,18 @@ class Scene:
         if self.device.type == "cpu" and name.startswith("fused"):
             plain = replace(plain, compiled=False)  # Triton's interpreter cannot be traced
         kernels = Paths(kernels="triton", gelu_in_product=True, **attention)
+        fused = replace(plain, kernels="triton", gelu_in_product=True, **attention)
         return {
             "compiled": plain,
             "compiled + attention": replace(plain, **attention),
-            "fused": replace(plain, kernels="triton", gelu_in_product=True, **attention),
-            "fused, launched": replace(plain, kernels="triton", gelu_in_product=True, recorded=False, **attention),
+            "fused": fused,
+            "fused, launched": replace(fused, recorded=False),
             "fused, not compiled": kernels,
             "fused, not compiled, rotation again": replace(kernels, remade=("rotation",)),
+            "fused, not compiled, half again": replace(kernels, remade=("rotation", "half_hidden")),
             "fused, not compiled, both again": replace(kernels, remade=("rotation", "hidden")),
+            "fused, rotation again": replace(fused, remade=("rotation",)),
+            "fused, half again": replace(fused, remade=("rotation", "half_hidden")),
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]
@@ -114,7 +118,7 @@ def describe_path(paths: Paths | None) -> str:
         return "plain PyTorch"
     parts = ["Triton kernels" if paths.kernels == "triton" else "plain code"]
     parts += [f"torch.compile ({paths.compiler})"] if paths.compiled else ["not compiled"]
-    parts += ["steps recorded" if not paths.compiled else "sampling and features recorded"] if paths.recorded else []
+    parts += ["steps recorded"] if paths.recorded else []
     if paths.attention is not None:
         chosen = sorted({*paths.attention.forward.values(), *paths.attention.training.values()})
         parts.append(f"attention {paths.attention.pinned or '/'.join(chosen)}")

@@ -30,8 +30,9 @@ SDPA = {
 PACKAGES = ("fa2", "fa4", "xformers")  # flash-attn's second and fourth version, xformers: where they can be imported
 BACKENDS = (*SDPA, *PACKAGES)
 MEASURED = (*PACKAGES, "cudnn", "flash", "efficient")  # math holds every score in memory; it is the reference only
-REPEATABLE = ("flash", "efficient", "math", "fa2")
-"""Those whose backward gives the same bits each time under torch's deterministic algorithms."""
+REPEATABLE = ("flash", "efficient", "math", "fa2", "fa4")
+"""Those whose backward gives the same bits each time under torch's deterministic algorithms; `measure` looks again."""
+REPEATS = 3  # of a step, under deterministic algorithms, whose bits are compared
 LARGEST_ERROR = 0.01  # relative to float32; bfloat16 implementations lie near 0.0023
 
 
@@ -68,7 +69,7 @@ def _fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]
 
-    out = flash_attn_func(q, k, v)
+    out = flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -203,6 +204,10 @@ def _measure_one(
         row["error"] = max(_relative_error(a, b) for a, b in zip(found, _truth(q, k, v, dout, training), strict=True))
         if not row["error"] <= LARGEST_ERROR:
             return row | {"refused": f"relative error {row['error']:.2g}, allowed {LARGEST_ERROR}"}
+        if torch.are_deterministic_algorithms_enabled():
+            for _ in range(REPEATS):
+                if not all(map(torch.equal, found, step())):
+                    return row | {"refused": "it gave other bits the second time"}
         row["milliseconds"] = _median_ms(step, device, runs)
     except Exception as error:  # each package fails in ways of its own
         row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

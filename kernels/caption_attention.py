@@ -2,13 +2,13 @@
 
 Known frames attend to the null caption and the others to the prompt, and a caption has few keys: a program holds a block of a head's
 queries, goes through the keys, and writes where the result belongs, so that the two parts need no second launch and no copy that joins
-them. The backward computes the probabilities again; it makes gradients of keys and values only where they are asked for, in
-parts that are added in a fixed order.
+them. Keys that fit one block are loaded once for several blocks of queries. The backward computes the probabilities again; it makes
+gradients of keys and values only where they are asked for, in parts that are added in a fixed order.
 Axes: B samples, N tokens, L tokens of a caption, H heads, d channels of a head; D is d rounded up to a power of two.
 """
 
-# pyright: reportUnboundVariable=false
-# (a kernel gives some names a value only under a constexpr condition)
+# pyright: reportUnboundVariable=false, reportGeneralTypeIssues=false
+# (a kernel gives some names a value only under a constexpr condition, and loops over a range of its own)
 
 from typing import Any
 
@@ -21,6 +21,10 @@ from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, power
 BLOCK_M = 64
 WARPS = 4
 BLOCK_L = 64
+EACH = 4  # blocks of queries of a program whose keys fit one block, which it then loads once
+STAGES = 2  # of the loop over them: the next block's queries are on their way
+WITH_TEXT = {"BLOCK_M": 128, "num_warps": 8}
+"""Where such a program also adds up gradients of keys and values: the larger its part of the queries, the fewer parts remain."""
 LOG2_E = 1.4426950408889634
 
 
@@ -41,147 +45,166 @@ def caption_attention_reference(
 @jit
 def _part(
     k_ptr, v_ptr, known_k_ptr, known_v_ptr, N, split, L, L_known, batch, batch_known, row, row_known, b, h,
-    d: tl.constexpr, BLOCK_M: tl.constexpr,
+    d: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program's tokens, and which caption they attend to: its first key and value, their number and the stride between them."""
-    block = tl.program_id(1)
-    blocks_known = tl.cdiv(split, BLOCK_M)
-    if block < blocks_known:
-        n = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = n < split
+    """A program's tokens (the first, and one behind the last of its part), and which caption they attend to: its first key and value,
+    their number and the stride between them."""
+    group = tl.program_id(1)
+    groups_known = tl.cdiv(split, ROWS)
+    if group < groups_known:
+        first, last = group * ROWS, split
         k, v = known_k_ptr + b * batch_known + h * d, known_v_ptr + b * batch_known + h * d
         keys, stride = L_known, row_known
     else:
-        n = split + (block - blocks_known) * BLOCK_M + tl.arange(0, BLOCK_M)
-        real = n < N
+        first, last = split + (group - groups_known) * ROWS, N
         k, v = k_ptr + b * batch + h * d, v_ptr + b * batch + h * d
         keys, stride = L, row
-    return n, real, k, v, keys, stride
+    return first, last, k, v, keys, stride
+
+
+@jit
+def _text(k_ptr, v_ptr, start, keys, stride, d: tl.constexpr, D: tl.constexpr, BLOCK_L: tl.constexpr):
+    """A block of keys and values from `start` on, which of them are real, and where they lie among all."""
+    key = start + tl.arange(0, BLOCK_L)
+    c = tl.arange(0, D)
+    there = (key < keys)[:, None] & (c < d)[None, :]
+    at = key[:, None] * stride + c[None, :]
+    return tl.load(k_ptr + at, mask=there, other=0.0), tl.load(v_ptr + at, mask=there, other=0.0), there, key
+
+
+@jit
+def _probabilities(q, k, lse, real, key, keys, scale):
+    """Of a block of queries for a block of keys, from the logarithm of their sum."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where((key < keys)[None, :] & real[:, None], tl.exp2(s - lse[:, None]), 0.0)
 
 
 @jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, known_k_ptr, known_v_ptr, out_ptr, lse_ptr, N, split, L, L_known,
     q_batch, q_row, batch, batch_known, row, row_known, scale,
-    H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, SAVE: tl.constexpr,
+    H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ONE: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    n, real, k_ptr, v_ptr, keys, stride = _part(
-        k_ptr,
-        v_ptr,
-        known_k_ptr,
-        known_v_ptr,
-        N,
-        split,
-        L,
-        L_known,
-        batch,
-        batch_known,
-        row,
-        row_known,
-        b,
-        h,
-        d,
-        BLOCK_M,
-    )
+    first, last, k_ptr, v_ptr, keys, stride = _part(
+        k_ptr, v_ptr, known_k_ptr, known_v_ptr, N, split, L, L_known, batch, batch_known, row, row_known, b, h,
+        d, EACH * BLOCK_M,
+    )  # fmt: skip
     c = tl.arange(0, D)
-    inside = real[:, None] & (c < d)[None, :]
-    q = tl.load(q_ptr + b * q_batch + n[:, None] * q_row + h * d + c[None, :], mask=inside, other=0.0)
-    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    out = tl.zeros((BLOCK_M, D), tl.float32)
-    for start in range(0, keys, BLOCK_L):
-        key = start + tl.arange(0, BLOCK_L)
-        there = (key < keys)[:, None] & (c < d)[None, :]
-        k = tl.load(k_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.where((key < keys)[None, :], s, float("-inf"))
-        now = tl.maximum(largest, tl.max(s, 1))
-        p, less = tl.exp2(s - now[:, None]), tl.exp2(largest - now)
-        total = total * less + tl.sum(p, 1)
-        out = out * less[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        largest = now
-    at = (b * N + n[:, None]) * (H * d) + h * d + c[None, :]
-    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    if SAVE:
-        tl.store(lse_ptr + (b * H + h) * N + n, largest + tl.log2(total), mask=real)
+    if ONE:
+        k, v, _, key = _text(k_ptr, v_ptr, 0, keys, stride, d, D, BLOCK_L)
+    for i in tl.range(0, tl.minimum(EACH, tl.cdiv(last - first, BLOCK_M)), num_stages=STAGES):
+        n = first + i * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (n < last)[:, None] & (c < d)[None, :]
+        q = tl.load(q_ptr + b * q_batch + n[:, None] * q_row + h * d + c[None, :], mask=inside, other=0.0)
+        if ONE:
+            s = tl.where((key < keys)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+            largest = tl.max(s, 1)
+            p = tl.exp2(s - largest[:, None])
+            total = tl.sum(p, 1)
+            out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        else:
+            largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            out = tl.zeros((BLOCK_M, D), tl.float32)
+            for start in range(0, keys, BLOCK_L):
+                k, v, _, key = _text(k_ptr, v_ptr, start, keys, stride, d, D, BLOCK_L)
+                s = tl.where(
+                    (key < keys)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf")
+                )
+                now = tl.maximum(largest, tl.max(s, 1))
+                p, less = tl.exp2(s - now[:, None]), tl.exp2(largest - now)
+                total = total * less + tl.sum(p, 1)
+                out = out * less[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                largest = now
+        at = (b * N + n[:, None]) * (H * d) + h * d + c[None, :]
+        tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        if SAVE:
+            tl.store(lse_ptr + (b * H + h) * N + n, largest + tl.log2(total), mask=n < last)
 
 
 @jit
 def _backward_kernel(
     q_ptr, k_ptr, v_ptr, known_k_ptr, known_v_ptr, lse_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr,
     N, split, L, L_known, L_most, q_batch, q_row, batch, batch_known, row, row_known, scale, natural,
-    H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, TEXT: tl.constexpr,
+    H: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ONE: tl.constexpr, EACH: tl.constexpr, STAGES: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    n, real, k_ptr, v_ptr, keys, stride = _part(
-        k_ptr,
-        v_ptr,
-        known_k_ptr,
-        known_v_ptr,
-        N,
-        split,
-        L,
-        L_known,
-        batch,
-        batch_known,
-        row,
-        row_known,
-        b,
-        h,
-        d,
-        BLOCK_M,
-    )
+    first, last, k_ptr, v_ptr, keys, stride = _part(
+        k_ptr, v_ptr, known_k_ptr, known_v_ptr, N, split, L, L_known, batch, batch_known, row, row_known, b, h,
+        d, EACH * BLOCK_M,
+    )  # fmt: skip
     c = tl.arange(0, D)
-    inside = real[:, None] & (c < d)[None, :]
-    at = (b * N + n[:, None]) * (H * d) + h * d + c[None, :]
-    q = tl.load(q_ptr + b * q_batch + n[:, None] * q_row + h * d + c[None, :], mask=inside, other=0.0)
-    dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + (b * H + h) * N + n, mask=real, other=0.0)
-    # Both loops compute the probabilities: their mean of dp from the rounded result instead would cost accuracy.
-    mean = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, keys, BLOCK_L):
-        key = start + tl.arange(0, BLOCK_L)
-        there = (key < keys)[:, None] & (c < d)[None, :]
-        k = tl.load(k_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where((key < keys)[None, :] & real[:, None], tl.exp2(s - lse[:, None]), 0.0)
-        mean += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision="ieee"), 1)
-    dq = tl.zeros((BLOCK_M, D), tl.float32)
-    for start in range(0, keys, BLOCK_L):
-        key = start + tl.arange(0, BLOCK_L)
-        there = (key < keys)[:, None] & (c < d)[None, :]
-        k = tl.load(k_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + key[:, None] * stride + c[None, :], mask=there, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where((key < keys)[None, :] & real[:, None], tl.exp2(s - lse[:, None]), 0.0)
-        ds = (p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - mean[:, None])).to(q.dtype)
-        dq += tl.dot(ds, k, input_precision="ieee")
+    part = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * L_most
+    if ONE:
+        k, v, there, key = _text(k_ptr, v_ptr, 0, keys, stride, d, D, BLOCK_L)
         if TEXT:
-            part = (
-                (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * L_most + key[:, None]
-            ) * d + c[None, :]
-            tl.store(dk_ptr + part, tl.dot(tl.trans(ds), q, input_precision="ieee") * natural, mask=there)
-            tl.store(dv_ptr + part, tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee"), mask=there)
-    tl.store(dq_ptr + at, (dq * natural).to(dq_ptr.dtype.element_ty), mask=inside)
+            dk = tl.zeros((BLOCK_L, D), tl.float32)
+            dv = tl.zeros((BLOCK_L, D), tl.float32)
+    for i in tl.range(0, tl.minimum(EACH, tl.cdiv(last - first, BLOCK_M)), num_stages=STAGES):
+        n = first + i * BLOCK_M + tl.arange(0, BLOCK_M)
+        real = n < last
+        inside = real[:, None] & (c < d)[None, :]
+        at = (b * N + n[:, None]) * (H * d) + h * d + c[None, :]
+        q = tl.load(q_ptr + b * q_batch + n[:, None] * q_row + h * d + c[None, :], mask=inside, other=0.0)
+        dout = tl.load(dout_ptr + at, mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + (b * H + h) * N + n, mask=real, other=0.0)
+        # The mean of dp comes from the probabilities: taken from the rounded result instead it would cost accuracy.
+        if ONE:
+            p = _probabilities(q, k, lse, real, key, keys, scale)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+            dq = tl.dot(ds, k, input_precision="ieee")
+            if TEXT:
+                dk += tl.dot(tl.trans(ds), q, input_precision="ieee")
+                dv += tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
+        else:
+            mean = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(0, keys, BLOCK_L):
+                k, v, _, key = _text(k_ptr, v_ptr, start, keys, stride, d, D, BLOCK_L)
+                p = _probabilities(q, k, lse, real, key, keys, scale)
+                mean += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision="ieee"), 1)
+            dq = tl.zeros((BLOCK_M, D), tl.float32)
+            for start in range(0, keys, BLOCK_L):
+                k, v, there, key = _text(k_ptr, v_ptr, start, keys, stride, d, D, BLOCK_L)
+                p = _probabilities(q, k, lse, real, key, keys, scale)
+                ds = (p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - mean[:, None])).to(q.dtype)
+                dq += tl.dot(ds, k, input_precision="ieee")
+                if TEXT:  # EACH is 1 here
+                    to = (part + key[:, None]) * d + c[None, :]
+                    tl.store(dk_ptr + to, tl.dot(tl.trans(ds), q, input_precision="ieee") * natural, mask=there)
+                    tl.store(dv_ptr + to, tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee"), mask=there)
+        tl.store(dq_ptr + at, (dq * natural).to(dq_ptr.dtype.element_ty), mask=inside)
+    if ONE and TEXT:
+        to = (part + key[:, None]) * d + c[None, :]
+        tl.store(dk_ptr + to, dk * natural, mask=there)
+        tl.store(dv_ptr + to, dv, mask=there)
 
 
 def _launch(
-    q: Tensor, k: Tensor, known_k: Tensor, split: int, warps: int
-) -> tuple[tuple[int, int], list[Any], dict[str, int]]:
-    """The grid, and the arguments that both kernels share."""
+    q: Tensor, k: Tensor, known_k: Tensor, split: int, text: bool = False
+) -> tuple[tuple[int, int], int, list[Any], dict[str, Any]]:
+    """The grid, how many of its groups are of known frames, and the arguments that both kernels share."""
     B, N, H, d = q.shape
     longest = max(k.shape[1], known_k.shape[1] if split else 0)
-    options = {
-        "H": H, "d": d, "D": max(SMALLEST_DOT, power_of_two(d)), "BLOCK_M": BLOCK_M,
-        "BLOCK_L": block_for(longest, BLOCK_L), "num_warps": warps, "num_stages": 1,
+    one = longest <= BLOCK_L
+    options: dict[str, Any] = {
+        "H": H, "d": d, "D": max(SMALLEST_DOT, power_of_two(d)), "BLOCK_M": BLOCK_M, "BLOCK_L": block_for(longest, BLOCK_L),
+        "num_warps": 2 * WARPS if text else WARPS,  # for registers
+        "ONE": one, "EACH": EACH if one else 1, "STAGES": STAGES if one else 1,
     }  # fmt: skip
+    if not one:
+        options["num_stages"] = 1
+    elif text:
+        options |= WITH_TEXT
     strides = [
         q.stride(0), q.stride(1), *(0 if t.shape[0] == 1 else t.stride(0) for t in (k, known_k)), k.stride(1), known_k.stride(1),
     ]  # fmt: skip
-    return (B * H, cdiv(split, BLOCK_M) + cdiv(N - split, BLOCK_M)), strides, options
+    rows = options["EACH"] * options["BLOCK_M"]
+    known = cdiv(split, rows)
+    return (B * H, known + cdiv(N - split, rows)), known, strides, options
 
 
 @torch.library.custom_op("vidtta::caption_attention", mutates_args=())
@@ -190,7 +213,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, and what the backward needs of the scores: the base-2 logarithm of the sum of their exponentials."""
     B, N, H, d = q.shape
-    grid, strides, options = _launch(q, k, known_k, split, WARPS)
+    grid, _, strides, options = _launch(q, k, known_k, split)
     out, lse = q.new_empty(B, N, H, d), q.new_empty(*((B, H, N) if save else (0,)), dtype=torch.float32)
     _forward_kernel[grid](
         q, k, v, known_k, known_v, out, lse, N, split, k.shape[1], known_k.shape[1], *strides, d**-0.5 * LOG2_E,
@@ -215,7 +238,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, known k and known v; those of the text are empty unless asked for."""
     B, N, H, d = q.shape
-    grid, strides, options = _launch(q, k, known_k, split, 2 * WARPS if text else WARPS)  # for registers
+    grid, known_groups, strides, options = _launch(q, k, known_k, split, text)
     L, L_known = k.shape[1], known_k.shape[1]
     dq, most = q.new_empty(B, N, H, d), max(L, L_known)
     parts = q.new_empty(*((2, grid[1], B * H, most, d) if text else (2, 0)), dtype=torch.float32)
@@ -225,13 +248,12 @@ def _backward(
     )  # fmt: skip
     if not text:
         return dq, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
-    known_blocks = cdiv(split, BLOCK_M)
 
     def joined(parts: Tensor, like: Tensor) -> Tensor:
         found = parts[:, :, : like.shape[1]].sum(0).unflatten(0, (B, H)).transpose(1, 2)
         return (found.sum(0, keepdim=True) if like.shape[0] < B else found).to(like.dtype).contiguous()
 
-    own, known = parts[:, known_blocks:], parts[:, :known_blocks]
+    own, known = parts[:, known_groups:], parts[:, :known_groups]
     return dq, joined(own[0], k), joined(own[1], v), joined(known[0], known_k), joined(known[1], known_v)
 
 

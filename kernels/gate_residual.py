@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, padded_rank
 from .lora_linear import outer_product, skinny_product
 from .quantize_rows import LARGEST, SMALLEST, padded, row_scale
@@ -178,7 +179,7 @@ def _backward(
         dout, dout if h is None else h, gate, dout if z is None else z, dout if up is None else up, dh, parts, N, rank,
         R=R, GATE=h is not None, **_options(D, windows),
     )  # fmt: skip
-    return dh, None if h is None else parts.sum(1, keepdim=True).to(gate.dtype)
+    return dh, None if h is None else column_sums(parts, gate.dtype).unsqueeze(1)
 
 
 @torch.library.custom_op("vidtta::gate_residual_quantized", mutates_args=())

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .common import block_for, cdiv, check, check_runs, jit, padded_rank, splits_for
 
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages of the matrix product
@@ -146,7 +147,7 @@ def outer_product(x_MD: Tensor, z_MR: Tensor) -> Tensor:
     rows_each = cdiv(cdiv(M, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     parts = x_MD.new_empty(splits, D, R, dtype=torch.float32)
     _outer_kernel[(across, splits)](x_MD, z_MR, parts, M, D, x_MD.stride(0), z_MR.stride(0), rows_each, R=R, **blocks)
-    return parts.sum(0)
+    return column_sums(parts.flatten(1)).view(D, R)
 
 
 class _LoRALinear(torch.autograd.Function):

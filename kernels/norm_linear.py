@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .common import block_for, cdiv, check, check_runs, jit
 from .norm_modulate import _forward, norm_gradients, norm_modulate_reference
 
@@ -82,7 +83,7 @@ def _weight_gradients(
         product, weight, sums, shift, scale, dweight, parts, B, E,
         D=D, ROWS=ROWS, BLOCK_E=BLOCK_E, BLOCK_D=block, num_warps=4,
     )  # fmt: skip
-    total = parts.sum(0).to(shift.dtype)  # added in one fixed order
+    total = column_sums(parts.flatten(1), shift.dtype).view(B, 2, D)
     dshift, dscale = (total[:, i : i + 1].clone(memory_format=torch.contiguous_format) for i in range(2))
     return dweight, dshift, dscale
 
@@ -113,7 +114,7 @@ def _gradients(
     product = (dy[0].t() @ h[0]).unsqueeze(0) if len(x) == 1 else dy.mT @ h
     del h
     dn = (dy.flatten(0, 1) @ weight).view(x.shape)
-    sums = dy.sum(1, dtype=torch.float32)
+    sums = column_sums(dy, torch.float32)
     dweight, dshift, dscale = _weight_gradients(product, weight, sums, shift, scale)
     dx = norm_gradients(dn, dn[..., :0], x, shift, scale, None, mean, rstd, False, False)[0]
     return dx, dshift, dscale, dweight, sums.sum(0).to(weight.dtype)

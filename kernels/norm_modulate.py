@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from .common import block_for, cdiv, check, check_runs, jit, padded_rank, splits_for
+from .column_sums import column_sums
+from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, padded_rank, power_of_two, splits_for
 from .quantize_rows import LARGEST, SMALLEST, padded, quantize_rows_reference, row_scale
 
 BLOCK_N = 16  # rows of a program, with a down projection; half of them without
@@ -110,23 +111,28 @@ def _forward_kernel(
 
 
 @jit
-def _output_gradient(
-    dout_ptr, down_ptr, row, real, d, dlow, rank, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+def _gradient_tile(
+    dout_ptr, x_ptr, scale_ptr, down_ptr, sample, row, real, d, dlow, mean, rstd, rank, D: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
-    """The gradient that reaches n in one block of channels: its own part, and what comes back through A."""
-    dout = tl.load(dout_ptr + row[:, None] * P + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
+    """Of some channels: the gradient that reaches n (its own part, and what comes back through A), the same before the modulation,
+    LN(x), and which of them are real. Zero elsewhere."""
+    inside = real[:, None] & (d < D)[None, :]
+    dout = tl.load(dout_ptr + row[:, None] * P + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if R > 0:
         r = tl.arange(0, R)
-        a = tl.load(down_ptr + r[:, None] * D + d, mask=(r[:, None] < rank) & (d < D), other=0.0)
+        a = tl.load(down_ptr + r[:, None] * D + d[None, :], mask=(r < rank)[:, None] & (d < D)[None, :], other=0.0)
         dout += tl.dot(dlow, a, input_precision="ieee")
-    return dout
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
+    return dout, dout * (1.0 + scale)[None, :], tl.where(inside, (x - mean) * rstd, 0.0), inside
 
 
 @jit
 def _input_gradient_kernel(
     dout_ptr, dlow_ptr, x_ptr, scale_ptr, down_ptr, mean_ptr, rstd_ptr, dx_ptr, dshift_ptr, dscale_ptr, N, rank,
-    D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, LOW: tl.constexpr, VECTORS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, REST: tl.constexpr, R: tl.constexpr, P: tl.constexpr, LOW: tl.constexpr,
+    VECTORS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows of `dout` are P columns apart, those of `dlow` LOW."""
     sample = tl.program_id(1).to(tl.int64)
@@ -137,32 +143,26 @@ def _input_gradient_kernel(
     rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)[:, None]
     dlow = 0.0
     if R > 0:
-        r = tl.arange(0, R)
-        dlow = tl.load(dlow_ptr + row[:, None] * LOW + r, mask=real[:, None], other=0.0)
-    sum_g = tl.zeros((BLOCK_N,), tl.float32)
-    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
-    for start in tl.static_range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        dout = _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D, R, P)
-        x = tl.load(x_ptr + row[:, None] * D + d, mask=real[:, None] & (d < D), other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
-        g = dout * (1.0 + scale)  # zero outside, because dout is
-        sum_g += tl.sum(g, 1)
-        sum_gx += tl.sum(g * (x - mean) * rstd, 1)
-    mean_g, mean_gx = (sum_g / D)[:, None], (sum_gx / D)[:, None]
-    block = sample * tl.num_programs(0) + tl.program_id(0)
-    for start in tl.static_range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        inside = real[:, None] & (d < D)
-        dout = _output_gradient(dout_ptr, down_ptr, row, real, d, dlow, rank, D, R, P)
-        x = tl.load(x_ptr + row[:, None] * D + d, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + sample * D + d, mask=d < D, other=0.0).to(tl.float32)
-        normed = (x - mean) * rstd
-        dx = rstd * (dout * (1.0 + scale) - mean_g - normed * mean_gx)
-        tl.store(dx_ptr + row[:, None] * D + d, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        if VECTORS:
-            tl.store(dshift_ptr + block * D + d, tl.sum(dout, 0), mask=d < D)
-            tl.store(dscale_ptr + block * D + d, tl.sum(dout * normed, 0), mask=d < D)
+        dlow = tl.load(dlow_ptr + row[:, None] * LOW + tl.arange(0, R)[None, :], mask=real[:, None], other=0.0)
+    # Whole rows in registers, read once.
+    h, t = tl.arange(0, HEAD), HEAD + tl.arange(0, REST)
+    dout_h, g_h, x_h, inside_h = _gradient_tile(
+        dout_ptr, x_ptr, scale_ptr, down_ptr, sample, row, real, h, dlow, mean, rstd, rank, D, R, P
+    )
+    dout_t, g_t, x_t, inside_t = _gradient_tile(
+        dout_ptr, x_ptr, scale_ptr, down_ptr, sample, row, real, t, dlow, mean, rstd, rank, D, R, P
+    )
+    mean_g = ((tl.sum(g_h, 1) + tl.sum(g_t, 1)) / D)[:, None]
+    mean_gx = ((tl.sum(g_h * x_h, 1) + tl.sum(g_t * x_t, 1)) / D)[:, None]
+    dx = dx_ptr + row[:, None] * D
+    tl.store(dx + h[None, :], (rstd * (g_h - mean_g - x_h * mean_gx)).to(dx_ptr.dtype.element_ty), mask=inside_h)
+    tl.store(dx + t[None, :], (rstd * (g_t - mean_g - x_t * mean_gx)).to(dx_ptr.dtype.element_ty), mask=inside_t)
+    if VECTORS:
+        block = (sample * tl.num_programs(0) + tl.program_id(0)) * D
+        tl.store(dshift_ptr + block + h, tl.sum(dout_h, 0), mask=h < D)
+        tl.store(dshift_ptr + block + t, tl.sum(dout_t, 0), mask=t < D)
+        tl.store(dscale_ptr + block + h, tl.sum(dout_h * x_h, 0), mask=h < D)
+        tl.store(dscale_ptr + block + t, tl.sum(dout_t * x_t, 0), mask=t < D)
 
 
 @jit
@@ -225,19 +225,23 @@ def _input_gradient(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dout: [B, N, at least D], dlow: [B, N, R], either with columns of the other beside it."""
     B, N, D = x.shape
-    blocks = _blocks(D, down is not None)
-    programs = cdiv(N, blocks["BLOCK_N"])
+    R = 0 if down is None else padded_rank(down.shape[0])
+    # A power of two and the rest: 1152 is 1024 and 128, with no lane idle.
+    head = max(SMALLEST_DOT, power_of_two(D + 1) // 2)
+    rest = max(SMALLEST_DOT, power_of_two(max(1, D - head)))
+    rows, warps = (16, 8) if R else (8, 8) if vectors else (4, 4)
+    programs = cdiv(N, rows)
     dx = torch.empty_like(x)
     # Every program writes sums of its own, and they are added in one fixed order: same inputs, same bits.
     dshift, dscale = (x.new_empty(B, programs if vectors else 1, D, dtype=torch.float32) for _ in range(2))
     _input_gradient_kernel[(programs, B)](
         dout, dlow, x, scale, x if down is None else down, mean, rstd, dx, dshift, dscale,
-        N, 0 if down is None else down.shape[0], D=D, R=0 if down is None else padded_rank(down.shape[0]),
-        P=dout.stride(1), LOW=dlow.stride(1), VECTORS=vectors, **blocks,
+        N, 0 if down is None else down.shape[0],
+        D=D, HEAD=head, REST=rest, R=R, P=dout.stride(1), LOW=dlow.stride(1), VECTORS=vectors, BLOCK_N=rows, num_warps=warps,
     )  # fmt: skip
     if not vectors:
         return dx, None, None
-    return dx, dshift.sum(1, keepdim=True).to(x.dtype), dscale.sum(1, keepdim=True).to(x.dtype)
+    return dx, column_sums(dshift, x.dtype).unsqueeze(1), column_sums(dscale, x.dtype).unsqueeze(1)
 
 
 def _down_gradient(
@@ -254,7 +258,7 @@ def _down_gradient(
     _down_gradient_kernel[(across, splits, B)](
         dlow, x, shift, scale, mean, rstd, parts, N, rows_each, D=D, R=R, LOW=dlow.stride(1), **blocks
     )
-    return parts.sum(0)[:rank]
+    return column_sums(parts.flatten(1)).view(R, D)[:rank]
 
 
 def norm_gradients(

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .common import cdiv, check, check_runs, jit, power_of_two
 from .windows import WINDOW, Grid, group_windows, window_row
 
@@ -200,7 +201,7 @@ class _QKNormRope(torch.autograd.Function):
         )  # fmt: skip
         if not weights:
             return dqkv, None, None, None, None, None, None
-        dq_weight, dk_weight = parts.sum(0).to(q_weight.dtype)
+        dq_weight, dk_weight = column_sums(parts.flatten(1), q_weight.dtype).view(2, d)
         return dqkv, dq_weight, dk_weight, None, None, None, None
 
 

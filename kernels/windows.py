@@ -57,12 +57,12 @@ def regions(grid: Grid) -> list[Region]:
 
 def split_windows(grouped: Tensor, samples: int, grid: Grid) -> list[Tensor]:
     """Views [samples * windows, tokens of a window, ...] of grouped rows [samples * tokens, ...], one for each region."""
-    views, start = [], 0
-    for region in regions(grid):
-        windows, length = samples * region.down * region.across, grid.frames * region.height * region.width
-        views.append(grouped[start : start + windows * length].unflatten(0, (windows, length)))
-        start += windows * length
-    return views
+    found = regions(grid)
+    windows = [samples * r.down * r.across for r in found]
+    lengths = [grid.frames * r.height * r.width for r in found]
+    # One split and not a slice each: its gradient is one concatenation, theirs a sum of padded ones.
+    parts = grouped.split([count * length for count, length in zip(windows, lengths, strict=True)])
+    return [part.unflatten(0, size) for part, size in zip(parts, zip(windows, lengths, strict=True), strict=True)]
 
 
 def group_windows(x: Tensor, grid: Grid) -> Tensor:

@@ -6,6 +6,10 @@ is its own affair. What cannot be imported is a row that says why.
 
 import importlib.metadata
 import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 from ..suite import Absent
 
@@ -22,3 +26,15 @@ def need(package: str, how: str) -> None:
     """Raise Absent for a package that is not installed. how: to get it."""
     if importlib.util.find_spec(package) is None:
         raise Absent(f"{package} is not installed; {how}")
+
+
+def empty_module(name: str) -> Any:
+    """A new module of this name without contents, which Python and its package know."""
+    module: Any = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None, is_package=True)  # other packages ask for that of what is installed
+    module.__path__ = []
+    sys.modules[name] = module
+    package, _, last = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+    return module

@@ -2,16 +2,18 @@
 
 Only what is timed is imported, four modules and what they import: packages on the way there are entered without running their
 `__init__`, which would import datasets, text encoders and older models; and its loader of checkpoints, which is not used here and
-needs colossalai, is left out. Raises Absent, in a sentence, where that cannot be imported.
+needs colossalai, is left out. Of timm it takes two classes, which are imported from timm's own files in the same way: the whole of
+timm needs torchvision and seconds. flash-attn and xformers may be replaced by PyTorch's attention (sdpa.py), packages that compute
+nothing by what plumbing.py has. Raises Absent, in a sentence, where something cannot be imported.
 """
 
+import contextlib
 import importlib
 import importlib.util
-import sys
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,17 +22,23 @@ from torch import Tensor, nn
 from ...engine.models.stdit3 import STDiT3Config as DiTSizes
 from ...engine.models.vae import CHUNK_FRAMES
 from ...engine.models.vae import VAEConfig as VAESizes
+from ...engine.torchvision_ops import declare_missing_operators
 from ..suite import Absent
-from . import need, version_of
-from .sdpa import put_in_place
+from . import empty_module, need, plumbing, sdpa, version_of
 
-INSTALL = "pip install --no-deps git+https://github.com/hpcaitech/Open-Sora@opensora/v1.3, and what it names when it is imported"
+INSTALL = "pip install --no-deps git+https://github.com/hpcaitech/Open-Sora@opensora/v1.3 timm einops"
 ENTERED = (
     "opensora", "opensora.acceleration", "opensora.models", "opensora.models.layers", "opensora.models.stdit",
     "opensora.models.vae", "opensora.models.vae_v1_3", "opensora.schedulers", "opensora.schedulers.iddpm", "opensora.utils",
+    "timm", "timm.layers", "timm.models",
 )  # fmt: skip
 """Packages whose `__init__` is not run."""
 CHECKPOINTS = "opensora.utils.ckpt_utils"
+FROM_TIMM = {
+    "timm.models.vision_transformer": ("timm.layers.mlp", "Mlp"),
+    "timm.models.layers": ("timm.layers.drop", "DropPath"),
+}
+"""Where the official code looks for a class of timm's, and the file that has it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Official:
             encoder={"type": "VideoEncoder", "double_z": True, "down_sampling_layer": [1, 2], **shared},
             decoder={"type": "VideoDecoder", "temporal_up_layers": [2, 3], **shared},
         )
-        with device:
+        with device, contextlib.redirect_stdout(io.StringIO()):  # it prints its configuration
             model = self.VAE(
                 settings, micro_batch_size=1, micro_batch_size_2d=4, micro_frame_size=CHUNK_FRAMES,
                 use_tiled_conv3d=tile is not None, tile_size=tile or 16, temporal_overlap=True, normalization="video",
@@ -99,9 +107,13 @@ def load(device: torch.device) -> Official:
     """Import what is timed; raises Absent."""
     need("opensora", INSTALL)
     label = f"opensora {version_of('opensora')}"
-    replaced = put_in_place(device)
+    replaced = sdpa.put_in_place(device)
+    plumbing.put_in_place()
+    declare_missing_operators()  # transformers may import torchvision
     _enter()
     try:
+        for module, (file, name) in FROM_TIMM.items():
+            vars(empty_module(module))[name] = getattr(importlib.import_module(file), name)
         stdit = importlib.import_module("opensora.models.stdit.stdit3")
         scheduler = importlib.import_module("opensora.schedulers.rf")
         for part in ("encoder", "decoder"):  # the VAE names them to a registry
@@ -122,18 +134,14 @@ def load(device: torch.device) -> Official:
 
 def _enter() -> None:
     """Make the packages known without running their `__init__`."""
-    spec = importlib.util.find_spec("opensora")
-    roots = list(spec.submodule_search_locations or ()) if spec else []
+    roots: list[str] = []
     for name in ENTERED:
-        module = ModuleType(name)
-        module.__path__ = [str(Path(root, *name.split(".")[1:])) for root in roots]
-        sys.modules[name] = module
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
-    checkpoints: Any = ModuleType(CHECKPOINTS)
-    checkpoints.load_checkpoint = _no_checkpoints
-    sys.modules[CHECKPOINTS] = checkpoints
+        package, *folders = name.split(".")
+        if not folders:
+            spec = importlib.util.find_spec(package)
+            roots = list(spec.submodule_search_locations or ()) if spec else []
+        empty_module(name).__path__ = [str(Path(root, *folders)) for root in roots]
+    empty_module(CHECKPOINTS).load_checkpoint = _no_checkpoints
 
 
 def _no_checkpoints(*_: Any, **__: Any) -> None:

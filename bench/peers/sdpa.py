@@ -6,13 +6,13 @@ replaced by a module of that name that holds the functions the official model ca
 
 import importlib
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import empty_module, version_of
 
 
 def attention(
@@ -58,32 +58,19 @@ def put_in_place(device: torch.device) -> dict[str, str]:
     found = {}
     flash = _usable("flash_attn", "flash_attn_func", device)
     if flash is None:
-        module: Any = sys.modules.get("flash_attn") or ModuleType("flash_attn")
+        module: Any = sys.modules.get("flash_attn") or empty_module("flash_attn")
         module.flash_attn_func = flash_attn_func
-        _put(module)
     found["flash-attn"] = flash or "PyTorch's SDPA in its place"
     memory = _usable("xformers.ops", "memory_efficient_attention", device)
     if memory is None:
-        package, ops, fmha = (ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha"))
-        vars(fmha).update(BlockDiagonalMask=BlockDiagonalMask)
-        vars(ops).update(fmha=fmha, memory_efficient_attention=memory_efficient_attention)
-        vars(package).update(ops=ops, __path__=[])
-        for module in (package, ops, fmha):
-            _put(module)
+        _, ops, fmha = (empty_module(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha"))
+        ops.memory_efficient_attention, fmha.BlockDiagonalMask = memory_efficient_attention, BlockDiagonalMask
     found["xformers"] = memory or "PyTorch's SDPA in its place"
     return found
 
 
-def _put(module: ModuleType) -> None:
-    """Let it be imported. Other packages ask for the specification of what is installed, so it has one."""
-    module.__spec__ = module.__spec__ or ModuleSpec(module.__name__, None)
-    sys.modules[module.__name__] = module
-
-
 def _usable(module: str, function: str, device: torch.device) -> str | None:
     """The version of an installed package that has the function, on a GPU; else None."""
-    from . import version_of
-
     if device.type != "cuda":
         return None
     try:

@@ -9,8 +9,8 @@ The last layer computes W (LN(h) * (1 + scale_t) + shift_t) + b for each token. 
 
 All that comes before is constant for fixed draws, so the layers run once a draw without gradients and their output is kept.
 The objective is mean over draws, tokens and channels of the squared error, plus ridge |d|^2. For the linear sites its optimum
-solves normal equations in D unknowns (closed form); AdamW serves every site. Both are float32 or wider, added to the
-network's own output, so d = 0 is exactly the base.
+solves normal equations, in D unknowns or in one for each output of each draw, whichever are fewer (closed form); AdamW serves
+every site. Both are float32 or wider, added to the network's own output, so d = 0 is exactly the base.
 """
 
 from collections.abc import Iterator
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.delta_features import linear_loss_and_gradient, residual_sums_reference
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
 from ..models.paths import method_path, raise_if_strict, records
@@ -131,7 +132,7 @@ class DeltaFinalLayer(nn.Module):
         return torch.bucketize(timestep_B.contiguous(), self.edges)
 
     def map_of(self, time_BD: Tensor) -> Tensor:
-        """The linear map from d to the output at a linear site, [B, out, D] float32."""
+        """The linear map to the output from d, [B, out, D] float32; at site pre from what d adds to the norm's result."""
         weight = self.base.linear.weight.float()
         if self.site == "post":
             return weight.expand(time_BD.shape[0], -1, -1)
@@ -168,6 +169,25 @@ def to_patches(x_BCTHW: Tensor) -> Tensor:
     height, width = x_BCTHW.shape[-2:]
     x = F.pad(x_BCTHW, (0, width % 2, 0, height % 2))
     return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).permute(0, 2, 3, 5, 4, 6, 1).flatten(-3).flatten(1, 3)
+
+
+def least_squares(rows_MD: Tensor, wanted_M: Tensor, ridge: float) -> Tensor:
+    """argmin over d of |rows d - wanted|^2 + ridge |d|^2, [D]; with ridge 0 the shortest such d. In the dtype given, float64.
+
+    With A for rows, d = (A^T A + ridge)^-1 A^T wanted = A^T (A A^T + ridge)^-1 wanted: the smaller matrix is solved. Raises
+    ValueError where a ridge is lost in its rounding.
+    """
+    M, D = rows_MD.shape
+    gram, right = (rows_MD @ rows_MD.T, wanted_M) if M < D else (rows_MD.T @ rows_MD, rows_MD.T @ wanted_M)
+    if ridge == 0:
+        solution = torch.linalg.pinv(gram, hermitian=True) @ right
+    else:
+        gram.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise ValueError(f"ridge {ridge} is lost in the rounding of the normal equations; take a larger one, or 0")
+        solution = torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return rows_MD.T @ solution if M < D else solution
 
 
 class DeltaAdapter:
@@ -259,7 +279,8 @@ class DeltaAdapter:
     def adapt(self, task: Task, on_step: OnStep) -> Trace:
         self.layer.set_ranges(task.grid.to(self.layer.edges.device))
         cached = self.cache(task)
-        empty = set(range(self.settings.ranges)) - {int(self.layer.range_of(c.state.timestep)) for c in cached}
+        ranges: list[int] = self.layer.range_of(torch.cat([c.state.timestep for c in cached])).tolist()
+        empty = set(range(self.settings.ranges)) - set(ranges)
         if empty:
             raise ValueError(
                 f"adaptation.draws ({len(cached)}) left {len(empty)} of {self.settings.ranges} ranges of timesteps without a "
@@ -267,7 +288,7 @@ class DeltaAdapter:
             )
         zero_loss = torch.stack([c.zero_loss for c in cached]).mean()
         if isinstance(self.settings, Delta) and self.on_kernels:
-            return self._fit(self.settings, cached, zero_loss.item(), on_step)
+            return self._fit(self.settings, cached, ranges, zero_loss.item(), on_step)
         if isinstance(self.settings, Delta):
             ridge, rows = self.settings.ridge, self.layer.d
             held_out = self.cache_held_out(task, self.settings.held_out_draws)
@@ -284,48 +305,52 @@ class DeltaAdapter:
                 on_step=on_step,
                 trace=self.trace,
             )
-        with torch.no_grad():
-            before = self.loss(cached).item()
-            for index in range(self.settings.ranges):
-                chosen = [c for c in cached if int(self.layer.range_of(c.state.timestep)) == index]
-                self.layer.d[index] = self._solve(chosen, len(cached))
-            on_step(0, before)
-            after = self.loss(cached).item()
-        self.trace = Trace(steps=1, losses=[before, after], zero_losses=[zero_loss.item()] * 2)
-        return self.trace
+        return self._solve(self.settings.ridge, cached, ranges, zero_loss.item(), on_step)
 
-    def _fit(self, settings: Delta, cached: list[CachedDraw], zero_loss: float, on_step: OnStep) -> Trace:
+    def _fit(
+        self, settings: Delta, cached: list[CachedDraw], ranges: list[int], zero_loss: float, on_step: OnStep
+    ) -> Trace:
         """The same steps on the kernels of delta_features.py, all of them on the device; then each again for on_step, its delta in
         force and the trace as far as it."""
         from .delta_fit import draw_objective, fit
 
-        rows, delta = torch.cat([self.layer.range_of(c.state.timestep) for c in cached]), self.layer.d.detach()
-        found, deltas = fit(draw_objective(self.layer, self.used, cached), delta, rows, settings, settings.ridge)
+        order = sorted(range(len(cached)), key=ranges.__getitem__)  # the draws of a range side by side
+        objective, delta = draw_objective(self.layer, self.used, [cached[k] for k in order]), self.layer.d.detach()
+        found, deltas = fit(objective, delta, sorted(ranges), settings, settings.ridge)
         self.trace = trace = Trace()
-        for step, loss in enumerate(found.losses):
-            delta.copy_(deltas[step])
+        for loss, norm, after in zip(found.losses, found.gradient_norms, deltas.unbind(), strict=True):
+            delta.copy_(after)
             trace.steps += 1
             trace.losses.append(loss)
-            trace.gradient_norms.append(found.gradient_norms[step])
+            trace.gradient_norms.append(norm)
             trace.zero_losses.append(zero_loss)
-            on_step(step, loss)
+            on_step(trace.steps - 1, loss)
         return trace
 
-    def _solve(self, cached: list[CachedDraw], draws: int) -> Tensor:
-        """argmin over d of (1 / draws) sum_k mean |r_k - M_k d|^2 + ridge |d|^2, in float64."""
-        width = self.layer.d.shape[1]
-        normal = torch.zeros(width, width, dtype=torch.float64, device=self.layer.d.device)
-        right = torch.zeros(width, dtype=torch.float64, device=self.layer.d.device)
-        for c in cached:
-            M = self.layer.map_of(c.state.time)[0, self.used].double()  # [4C, D]
-            tokens = c.weight.double().sum((0, 1))  # how many count for each output, [4C]
-            total = tokens.sum() * draws
-            normal += M.T @ (tokens[:, None] * M) / total
-            right += M.T @ c.residual.double().sum((0, 1)) / total
-        if self.settings.ridge == 0:
-            return (torch.linalg.pinv(normal, hermitian=True) @ right).float()
-        normal.diagonal().add_(self.settings.ridge)
-        return torch.linalg.solve(normal, right).float()
+    @torch.no_grad()
+    def _solve(
+        self, ridge: float, cached: list[CachedDraw], ranges: list[int], zero_loss: float, on_step: OnStep
+    ) -> Trace:
+        """The optimum of every range, argmin over d of mean over all draws of mean |r_k - M_k d|^2, plus ridge |d|^2, from each draw's
+        sums of r over the tokens; in float64."""
+        maps = self.layer.map_of(torch.cat([c.state.time for c in cached]))[:, self.used]  # M: [K, 4C, D]
+        residual = torch.cat([c.residual for c in cached])
+        sums = residual_sums_reference(residual.double(), cached[0].weight[0].double())
+        # What a draw's output weighs in the mean; one that never counts, where an odd side is padded, has a row of zeros.
+        share = sums.count / (len(cached) * sums.count.sum(-1, keepdim=True))
+        rows = maps * share.sqrt()[:, :, None]
+        wanted = share.sqrt() * sums.residual / sums.count.clamp(min=1)
+
+        def loss() -> float:
+            return linear_loss_and_gradient(sums, maps, self.layer.d[ranges])[0].item()
+
+        before = loss()
+        for index in range(self.settings.ranges):
+            chosen = [k for k, of in enumerate(ranges) if of == index]
+            self.layer.d[index] = least_squares(rows[chosen].flatten(0, 1), wanted[chosen].flatten(), ridge)
+        on_step(0, before)
+        self.trace = Trace(steps=1, losses=[before, loss()], zero_losses=[zero_loss] * 2)
+        return self.trace
 
     def change(self) -> Change:
         distance = self.layer.d.detach().norm().item()

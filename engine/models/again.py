@@ -1,8 +1,9 @@
 """Parts of a layer that training computes again in the backward pass rather than keep, for the same bits (arXiv:1604.06174).
 
-rotation   queries, keys and values, from their projection: three widths of the network a token, for one pass of the kernel
-           (and one where the regions of windowed attention are laid together)
-hidden     what enters GELU in a frozen MLP, from the residual stream: four widths, for a norm and a product
+rotation       queries, keys and values, from their projection: three widths of the network a token, for one pass of the kernel
+               (and one where the regions of windowed attention are laid together)
+hidden         what enters GELU in a frozen MLP, from the residual stream: four widths, for a norm and a product
+half_hidden    the same in every other layer, those of windowed attention: half the memory for half the time
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Again = Literal["rotation", "hidden"]
+Again = Literal["rotation", "hidden", "half_hidden"]
 
 _aten = torch.ops.aten
 _KEPT = {

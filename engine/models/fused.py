@@ -72,7 +72,8 @@ def fused_layer(
     else:
         x = _added(x, a, attn.proj, gate_a, grid)
         x = x + layer.cross_attn(x, text, known_text, geometry, backends)
-    return gate_residual(x, _mlp(layer.mlp, x, shift_m, scale_m, "hidden" in remade), gate_m)
+    hidden = "hidden" in remade or ("half_hidden" in remade and attn.windowed)
+    return gate_residual(x, _mlp(layer.mlp, x, shift_m, scale_m, hidden), gate_m)
 
 
 def _frozen(linear: nn.Module) -> nn.Module:

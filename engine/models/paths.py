@@ -147,11 +147,9 @@ def method_path(model: STDiT3) -> MethodPath:
 
 def records(model: STDiT3, work: Literal["training", "features", "sampling"]) -> bool:
     """Whether a kind of work is recorded on a network: on a card, where a fast path computes it and keeps the activations of
-    training. Steps of training that are compiled are launched: recording them for all clips failed on a card (paths.md)."""
+    training."""
     paths = getattr(model.paths, work) if isinstance(model.paths, PathsByWork) else model.paths
-    if paths is None or not paths.recorded or model.recompute or model.device.type != "cuda":
-        return False
-    return work != "training" or not paths.compiled
+    return paths is not None and paths.recorded and not model.recompute and model.device.type == "cuda"
 
 
 def made_again(model: STDiT3) -> dict[str, str]:

@@ -38,9 +38,10 @@ class ModelSettings:
     in sampling, or also in the MLPs' steps and features where the method leaves them frozen. Changes results: arms that are compared
     share it."""
 
-    remade: tuple[Literal["rotation", "hidden"], ...] = ()
+    remade: tuple[Literal["rotation", "hidden", "half_hidden"], ...] = ()
     """What training on the kernels computes again in the backward pass instead of keeping it, for less memory and the same bits: the
-    rotated queries, keys and values (rotation), what enters a frozen MLP's activation (hidden). Another path keeps everything."""
+    rotated queries, keys and values (rotation), what enters a frozen MLP's activation (hidden, or half_hidden: in every other
+    layer). Another path keeps everything."""
 
     def __post_init__(self) -> None:
         if self.remade and self.kernels in ("plain", "compile"):

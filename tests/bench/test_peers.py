@@ -1,4 +1,7 @@
-"""Peers: against stand-ins of the official package's names and signatures, which say `stand-in` in every row; never the real ones."""
+"""Peers: against stand-ins of the official package's names and signatures, which say `stand-in` in every row.
+
+The official code itself is tried where it is on PYTHONPATH (`python -m tests.bench.against_official` says how to put it there).
+"""
 
 import importlib.util
 import json
@@ -11,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from vidtta.bench import record, suite
-from vidtta.bench.peers import attention, official, sdpa
+from vidtta.bench.peers import attention, official, plumbing, sdpa
 
 STANDINS = Path(__file__).parent / "standins"
 CPU = torch.device("cpu")
@@ -54,6 +57,21 @@ def test_an_official_code_that_computes_otherwise_gets_no_time(tmp_path: Path):
     assert record.read(tmp_path / "a.json").times == {}
 
 
+@on_cpu
+@pytest.mark.skipif(importlib.util.find_spec("opensora") is None, reason="the official code is not on PYTHONPATH")
+def test_the_official_code_itself_computes_what_ours_does(tmp_path: Path):
+    names = [
+        f"opensora {kind}"
+        for kind in ("branches official", "sampler official", "full official", "vae encode", "vae decode")
+    ]
+    rows = peers(tmp_path / "a.json", "--only", *names, path=os.environ["PYTHONPATH"])
+    assert len(rows) == 3 + 2 * 4
+    assert all(row["against"]["distance"] <= 5e-6 and "stand" not in row["peer"] for row in rows.values())
+    wide = [sys.executable, "-m", "tests.bench.against_official"]
+    done = subprocess.run(wide, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_cannot_be_imported_says_why(tmp_path: Path):
     if importlib.util.find_spec("opensora") is None:
         with pytest.raises(suite.Absent, match="opensora is not installed; pip install --no-deps git"):
@@ -61,9 +79,26 @@ def test_what_cannot_be_imported_says_why(tmp_path: Path):
     broken = tmp_path / "opensora/models/stdit"
     broken.mkdir(parents=True)
     (tmp_path / "opensora/__init__.py").touch()
-    (broken / "stdit3.py").write_text("import timm_of_another_world\n")
-    (row,) = peers(tmp_path / "b.json", path=tmp_path).values()
-    assert "cannot be imported: No module named 'timm_of_another_world'" in row["absent"]
+    (broken / "stdit3.py").write_text("import einops_of_another_world\n")
+    (row,) = peers(tmp_path / "a.json", path=f"{tmp_path}:{STANDINS}").values()
+    assert "cannot be imported: No module named 'einops_of_another_world'" in row["absent"]
+    if importlib.util.find_spec("timm") is None:
+        (row,) = peers(tmp_path / "b.json", path=tmp_path).values()
+        assert "cannot be imported: No module named 'timm.layers.mlp'" in row["absent"]
+
+
+def test_a_registry_builds_what_was_named_to_it():
+    registry = plumbing.Registry("model", locations=["opensora.models"])
+
+    @registry.register_module()
+    def twice(number: int) -> int:
+        return 2 * number
+
+    registry.register_module("STDiT3-XL/2")(dict)
+    assert registry.build({"type": "twice", "number": 4}) == 8 == twice(4)
+    assert registry.build({"type": "STDiT3-XL/2", "depth": 28}) == {"depth": 28}
+    with pytest.raises(KeyError, match="VideoEncoder"):
+        registry.build({"type": "VideoEncoder"})
 
 
 def test_attention_in_the_place_of_missing_packages():

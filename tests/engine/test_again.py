@@ -37,15 +37,21 @@ def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, monkeypa
         return out
 
     monkeypatch.setattr(fused, "qk_norm_rope", watched)
+    made_again: list[Any] = []
+    again = fused.again
+    monkeypatch.setattr(fused, "again", lambda function, *rest: made_again.append(function) or again(function, *rest))
     found = []
-    for remade in ((), ("rotation",), ("rotation", "hidden")):
+    for remade in ((), ("rotation",), ("rotation", "half_hidden"), ("rotation", "hidden")):
         model = tiny_dit(depth=1).to(DEVICE)
         use_paths(model, Paths(kernels="triton", remade=remade))
         task, parameters = tiny_task(model), method.attach(model, 0).masters.parameters
         alive.clear()
+        made_again.clear()
         loss = task.loss(task.draw(0))
         gc.collect()
         assert sum(reference() is not None for reference in alive) == (0 if remade else 2 * len(model.layers))
+        hidden = {"hidden": 2, "half_hidden": 1}.get(remade[-1], 0) if remade and method.kind == "lora" else 0
+        assert made_again.count(fused._hidden) == hidden * len(model.layers) // 2
         found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
     for other in found[1:]:
         assert len(other) > 1 and all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -19,6 +19,7 @@ from vidtta.engine.methods import Delta, DeltaClosedForm, FullFineTuning, LoRA, 
 from vidtta.engine.models.paths import Paths, PathsByWork, use_paths
 from vidtta.engine.models.settings import ModelSettings
 from vidtta.engine.models.stdit3 import Layer
+from vidtta.kernels import delta_features
 from vidtta.kernels.attention import BACKENDS, Choice
 from vidtta.kernels.common import INTERPRETED
 
@@ -348,8 +349,10 @@ def test_what_a_recipe_has_computed_again_is_in_force_for_training_on_the_kernel
 
 
 @interpreted
-def test_the_kernels_run_a_recipe(lab, plain, plain_vae, capsys):
+def test_the_kernels_run_a_recipe(lab, plain, plain_vae, capsys, monkeypatch):
     """Layers, LoRA and the delta; the VAE's kernels take a minute a clip under the interpreter."""
+    monkeypatch.setattr(delta_features, "BLOCK_N", 16)  # and so does a token at a time
+    monkeypatch.setattr(delta_features, "PROGRAMS", 3)
     arms = {"lora": LORA, "delta": {"kind": "delta", "steps": 3, "lr": 0.1}}
     words = ("model.kernels=triton", "data.limit=1")
     assert lab.run("triton", *words, arms=arms) == 0

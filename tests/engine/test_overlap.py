@@ -76,11 +76,33 @@ def test_on_a_gpu_alone():
     assert pays(torch.device("cuda", 1)) and not pays(torch.device("cpu"))
 
 
-def test_the_same_bits_and_files(lab, alone, overlapped, monkeypatch):
-    threads = {"load": set(), "run_clip": set(), "write_kept": set()}
-    for module, name in ((run_module, "load"), (run_module, "run_clip"), (result_module, "write_kept")):
-        around(monkeypatch, module, name, lambda *inputs, name=name: threads[name].add(threading.current_thread()))
-    assert lab.run("overlapped") == 0
+@pytest.fixture(scope="module")
+def watched(lab, alone):
+    """An overlapped run: which threads read, made and wrote clips, and how many clips' pixels were alive at each handing over."""
+    threads, made, alive = {"load": set(), "run_clip": set(), "write_kept": set()}, [], []
+    continue_clip, hand_over = run_module.continue_clip, Overlap.hand_over
+
+    def continued(*inputs, **options):
+        outcome = continue_clip(*inputs, **options)
+        made.append(weakref.ref(outcome.pixels))
+        return outcome
+
+    def handed_over(self, settle):
+        alive.append(sum(one() is not None for one in made))
+        hand_over(self, settle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "pays", lambda device: True)
+        patch.setattr(run_module, "continue_clip", continued)
+        patch.setattr(Overlap, "hand_over", handed_over)
+        for module, name in ((run_module, "load"), (run_module, "run_clip"), (result_module, "write_kept")):
+            around(patch, module, name, lambda *inputs, name=name: threads[name].add(threading.current_thread()))
+        assert lab.run("overlapped") == 0
+    return threads, alive
+
+
+def test_the_same_bits_and_files(lab, alone, watched):
+    threads, _ = watched
     assert lab.results("overlapped") == alone
     assert threads["run_clip"] == {MAIN} and MAIN not in threads["write_kept"] and threads["load"] != {MAIN}
     files = {path.relative_to(lab.root / "alone") for path in (lab.root / "alone").rglob("*") if path.is_file()}
@@ -92,10 +114,9 @@ def test_the_same_bits_and_files(lab, alone, overlapped, monkeypatch):
             assert (lab.root / "overlapped" / path).read_bytes() == (lab.root / "alone" / path).read_bytes(), path
 
 
-def test_a_result_says_what_was_overlapped(lab, alone, overlapped):
+def test_a_result_says_what_was_overlapped(lab, alone, watched):
     assert not any("overlapped" in cost for cost in costs(lab, "alone"))
-    assert lab.run("costs") == 0
-    found = costs(lab, "costs")
+    found = costs(lab, "overlapped")
     assert len(found) == 9
     for cost, before in zip(found, costs(lab, "alone"), strict=True):
         assert list(cost["overlapped"]) == ["read", "score", "write"] and min(cost["overlapped"].values()) > 0
@@ -103,8 +124,15 @@ def test_a_result_says_what_was_overlapped(lab, alone, overlapped):
 
 
 def test_seconds_add_up_to_the_runs(lab, overlapped, monkeypatch):
-    """Writing takes longer than the device's work: each clip but the first waits for the one before it, and says so."""
-    around(monkeypatch, result_module, "write_kept", lambda *inputs: time.sleep(1))
+    """Writing takes a second longer than the device's work: each clip but the first waits for the one before it, and says so."""
+    made = {clip: threading.Event() for clip in CLIPS}
+
+    def write(session, arm, clip, found):
+        assert all(made[later].wait(60) for later in CLIPS[CLIPS.index(clip.id) + 1 :][:1])
+        time.sleep(1)
+
+    around(monkeypatch, run_module, "continue_clip", after=lambda experiment, known, *rest: made[known.clip_id].set())
+    around(monkeypatch, result_module, "write_kept", write)
     begun = time.monotonic()
     assert lab.run("slow", arms={"baseline": {"kind": "none"}}, adaptation=None, diagnostics=None) == 0
     whole = time.monotonic() - begun
@@ -137,26 +165,9 @@ def test_the_last_clip_is_finished_while_the_next_one_is_adapted_to(lab, alone, 
     assert most == [1, 2, 2] * 3
 
 
-def test_what_waits_holds_no_pixels(lab, alone, overlapped, monkeypatch):
+def test_what_waits_holds_no_pixels(watched):
     """Of the device's memory nothing is kept for the thread: the next clip's peak is as if it were alone."""
-    made, alive = [], []
-    inner = run_module.continue_clip
-
-    def continue_clip(*inputs, **options):
-        outcome = inner(*inputs, **options)
-        made.append(weakref.ref(outcome.pixels))
-        return outcome
-
-    monkeypatch.setattr(run_module, "continue_clip", continue_clip)
-    hand_over = Overlap.hand_over
-
-    def after(self, settle):
-        alive.append(sum(one() is not None for one in made))
-        hand_over(self, settle)
-
-    monkeypatch.setattr(Overlap, "hand_over", after)
-    assert lab.run("pixels") == 0
-    assert alive == [0] * 9
+    assert watched[1] == [0] * 9
 
 
 def test_the_real_flow_is_computed_once_a_clip_and_arm(lab, overlapped, monkeypatch):

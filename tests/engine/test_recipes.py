@@ -9,6 +9,8 @@ from vidtta.engine.recipe import load_recipe
 from vidtta.engine.recipe_files import PACKAGED, list_recipes
 from vidtta.engine.rundir import read_json
 
+from .tiny_run import WINDOW
+
 DEMOS = [name for name, _ in list_recipes() if name.endswith(".demo")]
 
 
@@ -23,13 +25,16 @@ def test_every_numbered_recipe_has_a_page_and_a_small_variant():
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_small_variants_run(name, tmp_path, monkeypatch):
-    """Smaller still than they are: 48x32 pixels, 2 sampling steps, and 2 steps for every gradient method."""
+    """Smaller still than they are: 48x32 pixels, 2 sampling steps, and 2 steps for every gradient method. Where a recipe has no window
+    of its own it is a short one, but for one recipe, that of all methods."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     deterministic = torch.are_deterministic_algorithms_enabled()
     recipe = load_recipe(name)
     clips = 2 if recipe.placebos else 1
     words = [f"data.limit={clips}", "data.height=32", "data.width=48", "sampler.steps=2", "keep=[]", "output_dir=out"]
+    if name != "08_method_comparison.demo" and recipe.window == load_recipe("demo").window:
+        words += [f"window.{key}={value}" for key, value in WINDOW.items()] + ["adaptation.context_latents=2"]
     for arm, method in recipe.arms.items():
         searched = recipe.search is not None and recipe.search.arm == arm
         if hasattr(method, "steps") and not searched:

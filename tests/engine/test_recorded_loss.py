@@ -251,7 +251,7 @@ def test_what_is_recorded_follows_the_path_of_each_work(monkeypatch):
         model.paths = way
         assert (paths.records(model, "training"), paths.records(model, "features")) == wanted
     model.paths = Paths(compiled=True, compiler="eager")
-    assert not paths.records(model, "training") and paths.records(model, "sampling")
+    assert paths.records(model, "training") and paths.records(model, "sampling")
     model.paths = replace(Paths(), recorded=False)
     assert not paths.records(model, "training")
     model.paths, model.recompute = Paths(), True

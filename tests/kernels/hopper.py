@@ -31,7 +31,7 @@ from vidtta.kernels.windows import Grid
 SIZES = Sizes(
     batches=(("hopper", 1, Grid(1, 30, 40)),),
     draws=2,
-    counted=(480,),
+    counted=(4800,),
     chunk=((128, 2, 8, 12), (512, 2, 8, 12)),
     network=SMALL.network,
 )

@@ -110,3 +110,16 @@ def test_with_deterministic_algorithms_training_takes_none_whose_backward_is_not
     torch.use_deterministic_algorithms(False)
     (row,) = measure([SMALL], CPU, torch.float32, training=True, backends=("cudnn",), runs=1)
     assert "deterministic" not in row["refused"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_with_deterministic_algorithms_none_is_taken_that_gives_other_bits_the_second_time(training, monkeypatch):
+    calls = []
+
+    def drifting(q, k, v, backend):
+        calls.append(backend)
+        return plain(q, k, v) * (1 + 1e-5 * len(calls) * (backend == "flash"))
+
+    monkeypatch.setattr(attention, "attend", drifting)
+    rows = measure([SMALL], CPU, torch.float32, training=training, backends=("flash", "efficient"), runs=1)
+    assert "other bits" in rows[0]["refused"] and "milliseconds" in rows[1]

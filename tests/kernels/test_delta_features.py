@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 from vidtta.engine.methods.delta import DeltaFinalLayer
 from vidtta.engine.models.stdit3 import FinalLayer
+from vidtta.kernels import delta_features
 from vidtta.kernels.delta_features import (
     Features,
     added_reference,
+    linear_gradient,
     linear_loss_and_gradient,
     loss_reference,
     pre_loss_and_gradient,
@@ -20,6 +22,14 @@ from tests.kernels.accuracy import DEVICE, assert_as_accurate, every_dtype, rand
 
 # draws, tokens, channels, outputs. One of all; odd; the model's width and outputs, with tokens that no block divides.
 SHAPES = [(1, 1, 2, 1), (3, 41, 37, 5), (2, 9, 1152, 64)]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, where each takes a while: several tokens at a time, several times a program."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(delta_features, "BLOCK_N", 8)
+        monkeypatch.setattr(delta_features, "PROGRAMS", 6)
 
 
 def tensors(shape: tuple[int, int, int, int], dtype: torch.dtype, weighted: bool) -> dict[str, Tensor | None]:
@@ -115,11 +125,15 @@ def test_sums_and_the_linear_sites(shape, weighted):
         loss = (error.square().sum((1, 2)) / w.sum()).mean()
         return loss.detach(), torch.autograd.grad(loss, d)[0]
 
-    actual = linear_loss_and_gradient(sums, maps, delta)
-    for name, ours, exact, baseline in zip(
-        ("loss", "gradient"), actual, by_autograd(torch.float64), by_autograd(torch.float32), strict=True
-    ):
-        assert_as_accurate(ours, exact, baseline, name)
+    losses = torch.zeros(2, device=DEVICE)
+    added = (maps * delta[:, None]).sum(-1, dtype=torch.float64)
+    gradient = linear_gradient(sums, maps, added, losses, 1)
+    assert losses[0] == 0
+    for actual in (linear_loss_and_gradient(sums, maps, delta), (losses[1], gradient)):
+        for name, ours, exact, baseline in zip(
+            ("loss", "gradient"), actual, by_autograd(torch.float64), by_autograd(torch.float32), strict=True
+        ):
+            assert_as_accurate(ours, exact, baseline, name)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,20 @@ import os
 from typing import Any
 
 import torch
-import xformers.ops  # type: ignore[import-not-found] # noqa: F401 (the official module imports it too)
+import xformers.ops  # type: ignore[import-not-found] # noqa: F401 (the official module imports this and the next three, too)
+from beartype import beartype  # type: ignore[import-not-found]
+from beartype.typing import Optional  # type: ignore[import-not-found]
+from timm.models.layers import DropPath  # type: ignore[import-not-found] # noqa: F401
+from timm.models.vision_transformer import Mlp  # type: ignore[import-not-found] # noqa: F401
 from torch import Tensor
 from vidtta.engine.models import stdit3 as ours
 
 from opensora.utils.ckpt_utils import load_checkpoint  # type: ignore[import-not-found] # noqa: F401
+
+
+@beartype
+def valid_tokens(mask: Optional[Tensor]) -> int:
+    return 0 if mask is None else int(mask.sum())
 
 
 class STDiT3Config:
@@ -39,7 +48,7 @@ class STDiT3(ours.STDiT3):
         cond_mask: Any = None, mask_index=None, y_null: Any = None, text_uncond_prob=None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         assert x_mask is None and mask_index and cond.dtype == self.dtype
-        B, valid = x.shape[0], int(mask.sum())
+        B, valid = x.shape[0], valid_tokens(mask)
         text = self.text_states(ours.Caption(y[:, 0, :valid]))
         null = self.text_states(ours.Caption(y_null[:, 0, :valid]))
         size = (int(height[0]), int(width[0]))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from vidtta.engine.models import vae as ours
 
+from opensora.registry import MODELS  # type: ignore[import-not-found]
+
 
 class OpenSoraVAE_V1_3_PiplineConfig:
     def __init__(self, **kwargs: Any) -> None:
@@ -20,10 +22,8 @@ class OpenSoraVAE_V1_3_Pipline(ours.VAE):
         tiled_dim=None, num_tiles=None, temporal_overlap=False, normalization=None,
     ) -> None:  # fmt: skip
         assert micro_batch_size == 1 and micro_frame_size == 17 and temporal_overlap and normalization == "video"
-        parts = (
-            {k: v for k, v in part.items() if k != "micro_batch_size_2d"} for part in (config.encoder, config.decoder)
-        )
-        encoder, decoder = parts
+        encoder, decoder = (MODELS.build(part).settings for part in (config.encoder, config.decoder))
+        assert encoder.pop("micro_batch_size_2d") == decoder.pop("micro_batch_size_2d") == 4
         super().__init__(ours.VAEConfig.from_dict({"encoder": encoder, "decoder": decoder}))
 
     def encode(self, x: Tensor, is_training=False, sample_posterior=True, return_posterior=False, **kwargs) -> Tensor:

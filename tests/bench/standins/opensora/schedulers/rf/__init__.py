@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import matplotlib.pyplot as plt  # type: ignore[import-not-found] # noqa: F401 (the official scheduler imports it too)
 import torch
 from torch import Tensor
 from vidtta.engine.flow import add_noise, timestep_transform
