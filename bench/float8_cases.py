@@ -1,11 +1,12 @@
-"""The cases of `bench.kernels` in float8: the pass that quantises rows, and whole linear layers beside those in the plain dtype.
+"""The cases of `bench.kernels` in float8: the passes that write rows, and whole linear layers beside those in the plain dtype.
 
-A layer has six linears of four shapes: qkv; proj, which is also the caption's q and proj; fc1; and fc2, whose pass takes the activation
-with it (in 16 bits it is joined to fc1's product). The truth is the float8 layer in float64, so a check says that the product is
-right, not how far float8 lies from 16 bits; bench.float8_error tells that.
+Those of a layer have four shapes: qkv; proj, which is also the caption's q and proj; fc1; and fc2, whose pass takes the activation with
+it (in 16 bits it is joined to fc1's product). The truth is the float8 layer in float64, so a check says that the product is right, not
+how far float8 lies from 16 bits; bench.float8_error tells that.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,22 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..engine.models import float8_linear
 from ..engine.models.linear_gelu import linear_gelu
-from ..kernels import quantize_rows
-from .kernel_cases import Case, Inputs, Sizes, randn
+from ..engine.models.norm_float8_linear import norm_float8_linear, norm_float8_linear_reference
+from ..kernels import gate_residual, norm_modulate, quantize_rows
+from .kernel_cases import SCALE, Case, Inputs, Sizes, randn
+
+# The interpreter's cast to float8 loses the carry into the exponent; the unit tests put torch's in its place.
+INTERPRETED = isinstance(quantize_rows._quantize_kernel, InterpretedFunction)
+
+
+def subtractable(values: Tensor, like: Tensor) -> Tensor:
+    """The check subtracts from the truth's numbers, and numbers in float8 cannot be."""
+    return values.double() if like.dtype == torch.float64 else values
 
 
 def quantize_cases(s: Sizes) -> Iterator[Case]:
-    if isinstance(quantize_rows._quantize_kernel, InterpretedFunction):
-        return  # the interpreter's cast to float8 loses the carry into the exponent; the unit tests put torch's in its place
+    if INTERPRETED:
+        return
     for name, B, grid in s.batches:
         for width, gelu in ((s.dim, False), (4 * s.dim, True)):
             M = B * grid.tokens
@@ -30,14 +40,101 @@ def quantize_cases(s: Sizes) -> Iterator[Case]:
 
             def reference(x: Tensor, gelu: bool = gelu) -> tuple[Tensor, Tensor]:
                 values, scales = quantize_rows.quantize_rows_reference(x, gelu)
-                # Numbers in float8 cannot be subtracted, which the check does with the truth's.
-                return (values.double() if x.dtype == torch.float64 else values), scales
+                return subtractable(values, x), scales
 
             yield Case(
                 f"quantize_rows {'gelu ' if gelu else ''}{width}", name, make, reference,
                 {"triton": lambda x, gelu=gelu: quantize_rows.quantize_rows(x, gelu)},
                 (M * (2 * width + width + 4), 0),
-                variants=tuple((quantize_rows, {"TILE": tile}) for tile in (4096, 16384)),
+                variants=(
+                    *((quantize_rows, {"TILE": tile}) for tile in (4096, 16384)),
+                    (quantize_rows, {"TILE": 4096, "WIDE": 4096}),
+                ),
+            )  # fmt: skip
+
+
+def norm_quantize_cases(s: Sizes) -> Iterator[Case]:
+    """The modulated norm that writes float8, alone and with a low-rank projection beside it; in 16 bits as the floor's yardstick."""
+    if INTERPRETED:
+        return
+    for name, B, grid in s.batches:
+        for rank in (0, s.rank):
+            N, D = grid.tokens, s.dim
+
+            def make(
+                device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D, r: int = rank
+            ) -> Inputs:
+                vectors = (randn(device, dtype, B, 1, D, scale=0.3) for _ in range(2))
+                down = [randn(device, dtype, r, D, scale=D**-0.5)] if r else []
+                return [randn(device, dtype, B, N, D), *vectors, *down]
+
+            def reference(x: Tensor, *rest: Any):
+                values, scales, low = norm_modulate.norm_quantize_reference(x, *rest)
+                return subtractable(values, x), scales, low
+
+            yield Case(
+                f"norm_quantize{' lora' * bool(rank)}", name, make, reference,
+                {"triton": lambda *t: norm_modulate.norm_quantize(*t)[:3]},
+                (B * N * (3 * D + 4), 0),
+                floors={
+                    "norm in 16 bits": norm_modulate.norm_modulate,
+                    "norm in 16 bits, then quantise": lambda *t, D=D: quantize_rows.quantize_rows(norm_modulate.norm_modulate(*t)[..., :D]),
+                },
+                variants=(
+                    *((norm_modulate, {"BLOCK_N": n}) for n in (8, 32)),
+                    (norm_modulate, {"WARPS": 2 if rank else 8}),
+                    (norm_modulate, {"BLOCK_D": 256}),
+                    *([] if rank else [(norm_modulate, {"BLOCK_N": 8, "BLOCK_D": 2048, "WARPS": 8})]),
+                ),
+                compile=False,
+            )  # fmt: skip
+
+
+def residual_cases(s: Sizes) -> Iterator[Case]:
+    """The gated residual that writes x and its rows in float8, from window order, alone and with the projection's low-rank addition."""
+    if INTERPRETED:
+        return
+    for name, B, grid in s.batches:
+        for rank in (0, s.rank):
+            N, D = grid.tokens, s.dim
+
+            def make(
+                device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D, r: int = rank
+            ) -> Inputs:
+                x, a, gate = (randn(device, dtype, B, n, D) for n in (N, N, 1))
+                if not r:
+                    return [x, a, gate]
+                weight, bias = randn(device, dtype, D, D, scale=D**-0.5), randn(device, dtype, D)
+                down, up = randn(device, dtype, r, D, scale=D**-0.5), randn(device, dtype, D, r, scale=r**-0.5)
+                return [x, a, weight, bias, down, up, gate]
+
+            def with_scale(function, *t: Tensor, grid=grid, rank=rank):
+                return function(*t[:-1], *[SCALE] * bool(rank), t[-1], grid)
+
+            plain, ours, exact = (
+                (gate_residual.lora_gate_residual, gate_residual.lora_gate_residual_quantized, gate_residual.lora_gate_residual_reference)
+                if rank
+                else (gate_residual.gate_residual, gate_residual.gate_residual_quantized, gate_residual.gate_residual_reference)
+            )  # fmt: skip
+
+            def reference(*t: Tensor, with_scale=with_scale, exact=exact):
+                out = with_scale(exact, *t)
+                values, scales = quantize_rows.quantize_rows_reference(out)
+                return out, subtractable(values, out), scales
+
+            def apart(*t: Tensor, with_scale=with_scale, plain=plain):
+                return quantize_rows.quantize_rows(with_scale(plain, *t))
+
+            yield Case(
+                f"{'lora_' * bool(rank)}gate_residual_quantized", name, make, reference,
+                {"triton": lambda *t, f=with_scale, ours=ours: f(ours, *t)},
+                (B * N * (7 * D + 4) + (2 * D * D if rank else 0), 2 * B * N * D * (D + 2 * rank) if rank else 0),
+                floors={"without float8": lambda *t, f=with_scale, plain=plain: f(plain, *t), "then quantise": apart},
+                variants=tuple(
+                    (gate_residual, {"QUANTIZED_BLOCKS": blocks})
+                    for blocks in ((8, 128, 4), (2, 128, 4), (4, 256, 4), (4, 2048, 8), (16, 256, 8))
+                ),
+                compile=False,
             )  # fmt: skip
 
 
@@ -82,3 +179,41 @@ def linear_cases(s: Sizes) -> Iterator[Case]:
                 {"quantise + product": ours, "quantise + product, fast accumulation": fast},
                 (2 * M * K + N * K + 2 * M * N, 2 * M * N * K), floors=floors, compile=False,
             )  # fmt: skip
+
+
+def norm_linear_cases(s: Sizes) -> Iterator[Case]:
+    """The layers behind a norm, with it: the norm writes float8, or 16 bits that are quantised, or are multiplied as they are."""
+    if INTERPRETED:
+        return
+    for name, B, grid in s.batches:
+        for layer, width in (("qkv", 3), ("fc1", 4)):
+            N, D, E = grid.tokens, s.dim, width * s.dim
+
+            def make(
+                device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D, E: int = E
+            ) -> Inputs:
+                vectors = (randn(device, dtype, B, 1, D, scale=0.3) for _ in range(2))
+                weight = randn(device, dtype, E, D, scale=D**-0.5)
+                frozen = [*float8_linear.quantize_weight(weight), randn(device, dtype, E), weight]
+                return [randn(device, dtype, B, N, D), *vectors, *frozen]
+
+            def reference(x, shift, scale, values, scales, bias, weight):
+                wide = x.dtype if x.dtype == torch.float64 else torch.float32
+                wide_x, shift, scale = (t.to(wide) for t in (x, shift, scale))
+                return norm_float8_linear_reference(wide_x, shift, scale, values, scales, bias)[0].to(x.dtype)
+
+            def apart(x, shift, scale, *frozen: Any):
+                return float8_linear.float8_linear(norm_modulate.norm_modulate(x, shift, scale), *frozen)
+
+            def exact(x, shift, scale, values, scales, bias, weight):
+                return F.linear(norm_modulate.norm_modulate(x, shift, scale), weight, bias)
+
+            yield Case(
+                f"norm_float8_linear {layer}", name, make, reference,
+                {"norm in float8, product": lambda *t: norm_float8_linear(*t)[0]},
+                (2 * B * N * D + E * D + 2 * B * N * E, 2 * B * N * D * E),
+                floors={"norm, linear": exact, "norm, quantise, product": apart}, compile=False,
+            )  # fmt: skip
+
+
+float8_cases = (quantize_cases, norm_quantize_cases, residual_cases, linear_cases, norm_linear_cases)

@@ -40,7 +40,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 
 def linears(device: torch.device) -> Iterator[Row]:
-    """The six linears' shapes, of normal rows and of rows in which every hundredth channel is thirty times as large."""
+    """The linears' shapes, of normal rows and of rows in which every hundredth channel is thirty times as large."""
     for name, K, N in (("qkv", 1152, 3456), ("proj", 1152, 1152), ("fc1", 1152, 4608), ("fc2", 4608, 1152)):
         for kind in ("normal", "outliers"):
             x = normal((512, K), 0, name, "rows").to(device)

@@ -334,13 +334,13 @@ def vae_cases(s: Sizes) -> Iterator[Case]:
 def all_cases(sizes: Sizes) -> list[Case]:
     """Every operation at the first shape, then at the second and so on: what time allows covers all operations."""
     from .delta_cases import delta_cases, delta_step_cases  # which take their parts from here, as do those below
-    from .float8_cases import linear_cases, quantize_cases
+    from .float8_cases import float8_cases
     from .optimizer_cases import optimizer_cases
     from .sum_cases import sum_cases
 
     groups = [
         norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases,
-        delta_step_cases, vae_cases, sum_cases, optimizer_cases, quantize_cases, linear_cases,
+        delta_step_cases, vae_cases, sum_cases, optimizer_cases, *float8_cases,
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.
     adapted, compiled = sizes.batches[0][0], [name for name, _, _ in sizes.batches[:2]]

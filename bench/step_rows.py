@@ -182,7 +182,7 @@ def training(
 def float8_weights(scene: Scene) -> Row:
     """Quantising every weight anew, as after full fine-tuning, once a clip."""
     dit = scene.experiment.dit
-    with on(scene, f"fused{FLOAT8}"):
+    with on(scene, f"fused{FLOAT8}"), torch.no_grad():
         copies = dit.float8
         assert copies is not None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .column_sums import column_sums
 from .common import block_for, cdiv, check, check_runs, jit
-from .norm_modulate import _forward, _input_gradient, norm_modulate_reference
+from .norm_modulate import _forward, norm_gradients, norm_modulate_reference
 
 BLOCK_E = 32
 BLOCK_D = 64
@@ -116,7 +116,7 @@ def _gradients(
     dn = (dy.flatten(0, 1) @ weight).view(x.shape)
     sums = column_sums(dy, torch.float32)
     dweight, dshift, dscale = _weight_gradients(product, weight, sums, shift, scale)
-    dx = _input_gradient(dn, x, scale, None, mean, rstd, False)[0]
+    dx = norm_gradients(dn, dn[..., :0], x, shift, scale, None, mean, rstd, False, False)[0]
     return dx, dshift, dscale, dweight, sums.sum(0).to(weight.dtype)
 
 

@@ -3,8 +3,9 @@
 x ~ values * scales, with scales = max |x| / 448 over a row (448 is e4m3's largest number) and values = x / scales rounded to
 nearest, ties to even (arXiv:2209.05433). A row is a token's activations, or one output channel of a weight: a product of two such
 matrices needs no scale inside its sum. With `gelu` the row is the activation of what is read, so an MLP's hidden state is not
-written a second time in 16 bits. Rows may be made longer by zeros, as products in float8 take multiples of 16. Without gradients:
-who needs one takes that of the unrounded x (engine/models/float8_linear.py).
+written a second time in 16 bits. A row lies in two tiles, so that few lanes idle at the model's widths, and may be made longer by
+zeros, as products in float8 take multiples of 16. Other kernels that hold a row write it so themselves (norm_modulate.py,
+gate_residual.py). Without gradients: who needs one takes that of the unrounded x (engine/models/float8_linear.py).
 Axes: M rows, K columns, P of them written.
 """
 
@@ -18,6 +19,7 @@ from .common import cdiv, check, check_runs, jit, power_of_two
 LARGEST = 448.0  # of e4m3
 SMALLEST = 2.0**-100  # a scale; a row of zeros has it, and products of two scales stay normal numbers
 TILE = 8192  # numbers of a program: whole rows, in registers between their largest magnitude and the rounding
+WIDE = 2048  # numbers above which a program has 8 warps
 MOST_COLUMNS = 16384
 
 
@@ -43,22 +45,58 @@ def dequantized(values: Tensor, scales: Tensor) -> Tensor:
 
 
 @jit
-def _quantize_kernel(
-    x_ptr, values_ptr, scales_ptr, M, K: tl.constexpr, P: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    real = (m < M)[:, None]
-    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=real & (k < K)[None, :], other=0.0).to(tl.float32)
+def row_scale(largest, MOST: tl.constexpr, LEAST: tl.constexpr):
+    """What a row is multiplied with, and its scale, from its largest magnitude. Divisions as IEEE rounds them, one a row each, so that
+    the numbers are those of the reference."""
+    largest = tl.maximum(largest, MOST * LEAST)
+    most = tl.full(largest.shape, MOST, tl.float32)
+    return tl.div_rn(most, largest), tl.div_rn(largest, most)
+
+
+@jit
+def _tile(x_ptr, m, k, M, K: tl.constexpr, GELU: tl.constexpr):
+    """Rows m and columns k of x, or of its activation, in float32; zero where there are none."""
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside, other=0.0).to(tl.float32)
     if GELU:
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 2 sqrt(2 / pi): tanh as a sigmoid
-    largest = tl.maximum(tl.max(tl.abs(x), 1), MOST * LEAST)
-    # Divisions as IEEE rounds them, one a row, so that the numbers are those of the reference.
-    inverse = tl.div_rn(tl.full((BLOCK_M,), MOST, tl.float32), largest)
+    return x
+
+
+@jit
+def _store(values_ptr, m, k, M, P: tl.constexpr, x, inverse):
     values = (x * inverse[:, None]).to(values_ptr.dtype.element_ty)
-    tl.store(values_ptr + m[:, None] * P + k[None, :], values, mask=real & (k < P)[None, :])
-    tl.store(scales_ptr + m, tl.div_rn(largest, tl.full((BLOCK_M,), MOST, tl.float32)), mask=m < M)
+    tl.store(values_ptr + m[:, None] * P + k[None, :], values, mask=(m < M)[:, None] & (k < P)[None, :])
+
+
+@jit
+def _quantize_kernel(
+    x_ptr, values_ptr, scales_ptr, M, K: tl.constexpr, P: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, HEAD)
+    head = _tile(x_ptr, m, k, M, K, GELU)
+    largest = tl.max(tl.abs(head), 1)
+    if TAIL > 0:
+        after = HEAD + tl.arange(0, TAIL)
+        tail = _tile(x_ptr, m, after, M, K, GELU)
+        largest = tl.maximum(largest, tl.max(tl.abs(tail), 1))
+    inverse, scale = row_scale(largest, MOST, LEAST)
+    _store(values_ptr, m, k, M, P, head, inverse)
+    if TAIL > 0:
+        _store(values_ptr, m, after, M, P, tail, inverse)
+    tl.store(scales_ptr + m, scale, mask=m < M)
+
+
+def head_and_tail(columns: int) -> tuple[int, int]:
+    """Two powers of two that hold a row between them, the second zero where one does: 1152 is 1024 and 128, 4608 is 4096 and 512, of
+    which a tile of 8192 would leave 44 % idle."""
+    whole = power_of_two(columns)
+    if whole == columns:
+        return whole, 0
+    tail = power_of_two(columns - whole // 2)
+    return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
 
 
 def quantize_rows(
@@ -87,11 +125,11 @@ def quantize_rows(
         f"quantize_rows: out is {list(values.shape)} {values.dtype} and {list(scales.shape)} {scales.dtype}, x {list(x.shape)} needs "
         f"contiguous {list(wanted)} float8_e4m3fn and {[*x.shape[:-1], 1]} float32",
     )  # fmt: skip
-    M, block_k = scales.numel(), power_of_two(P)
+    M, (head, tail) = scales.numel(), head_and_tail(P)
     if M:
-        block_m = max(1, min(TILE // block_k, power_of_two(M)))
+        block_m = max(1, min(TILE // head, power_of_two(M)))
         _quantize_kernel[(cdiv(M, block_m),)](
             x.contiguous(), values, scales, M, K=K, P=P, MOST=LARGEST, LEAST=SMALLEST, GELU=gelu,
-            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=8 if block_m * block_k > 2048 else 4,
+            BLOCK_M=block_m, HEAD=head, TAIL=tail, num_warps=8 if block_m * head > WIDE else 4,
         )  # fmt: skip
     return out

@@ -33,3 +33,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     config.option.numprocesses, config.option.dist = 2, "worksteal"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def float8_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's own cast to float8 is wrong (test_quantize_rows.py), so torch's stands in for it; all else of a kernel is
+    interpreted. On a GPU nothing is to do."""
+    if INTERPRETED:
+        interpreter.cast_to_float8_as_torch(monkeypatch)

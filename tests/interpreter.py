@@ -1,12 +1,16 @@
 """Triton's interpreter, number for number the same, in about half the time.
 
 It makes types and shapes anew at every operation, and at every call of a function within a kernel it wraps the whole language
-again, which the launch around it has done. Here these are kept; no operation on numbers is touched.
+again, which the launch around it has done. Here these are kept; no operation on numbers is touched but, where a test asks for it,
+the cast to float8.
 """
 
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
 import triton
 from triton.language import core
 from triton.language.semantic import TritonSemantic
@@ -95,3 +99,16 @@ def _share_shapes() -> None:
     core.block_type.__init__ = block_of
     core.tensor.__init__ = tensor_of
     TritonSemantic.broadcast_impl_value = broadcast_of
+
+
+def cast_to_float8_as_torch(patch: pytest.MonkeyPatch) -> None:
+    """The one operation on numbers that is touched, where a test asks for it."""
+    own: Any = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if target != interpreter.tl.float8e4nv:
+            return own(data, source, target, rounding)
+        assert data.dtype == np.float32
+        return torch.from_numpy(np.ascontiguousarray(data)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    patch.setattr(interpreter, "_convert_float", convert)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...kernels.common import MAX_RANK
 from ..adaptation import AdaptationSettings, Draw, Task
 from ..models.attention import TextStates, apart, joined
-from ..models.float8 import float8_everywhere
+from ..models.float8 import learns_in_float8
 from ..models.lora_linear import LoRALinear
 from ..models.paths import made_again, method_path, raise_if_strict, records
 from ..models.stdit3 import Caption, Embedded, STDiT3
@@ -92,10 +92,9 @@ class LoRAAdapter:
         self.adapters: dict[str, LoRALinear] = {}
         self._slots: list[tuple[nn.Module, str, nn.Linear]] = []
         fast = method_path(model) != "plain"
-        in_float8 = float8_everywhere(model)
-        self.extends = fast and settings.rank <= MAX_RANK and not in_float8
+        self.extends = fast and settings.rank <= MAX_RANK
         why = f"rank {settings.rank} is above {MAX_RANK}, the most that LoRA in one product takes"
-        if fast and not self.extends and not in_float8:
+        if fast and not self.extends:
             raise_if_strict(model, why)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -106,12 +105,13 @@ class LoRAAdapter:
         trained = [p for a in self.adapters.values() for p in (a.A, a.B)]
         self.masters = Masters(trained, self._refresh, path=method_path(model))
         self.prefixed = settings.cache_prefix
-        products = "a float8 product and two" if in_float8 else "three products" + (f" ({why})" if fast else "")
+        products = "one product" if self.extends else "three products" + (f" ({why})" if fast else "")
+        in_float8 = [learns_in_float8(adapter.base) for adapter in self.adapters.values()]
         self.ways = {
             "steps": "recorded" if records(model, "training") else "launched",
             **({"prefix": "recorded" if records(model, "features") else "launched"} if self.prefixed else {}),
             **made_again(model),
-            "lora": "one product" if self.extends else products,
+            "lora": "; ".join([products] * (not all(in_float8)) + ["a float8 product and two"] * any(in_float8)),
             "optimizer": describe_steps(self.masters, settings),
         }
         self.trains_text = "cross_attn.kv_linear" in settings.targets
@@ -132,7 +132,7 @@ class LoRAAdapter:
                 f"rank must be at most {min(base.in_features, base.out_features)} for {target}, was {rank}"
             )
         adapter = LoRALinear(base, rank, self.settings.alpha)
-        if self.extends:
+        if self.extends and not learns_in_float8(base):
             adapter.extend()
         setattr(parent, name, adapter)
         self._slots.append((parent, name, base))

@@ -1,17 +1,17 @@
 """Which linear layers of a network compute in float8, and the copies of their weights that do.
 
-Six of each layer: attn.qkv, attn.proj, cross_attn.q_linear, cross_attn.proj, mlp.fc1, mlp.fc2. Norms, embeddings, modulation, the
-captions' keys and values, the final layer and every low-rank addition stay as they are.
+Those of each layer that are faster so (LINEARS). Norms, embeddings, modulation, the captions' keys and values, attention's output
+projections, the final layer and every low-rank addition stay as they are.
 
     sampling    the whole clip's latents: every weight is frozen by then, adapted ones are quantised anew
-    all         that, and steps and the known latents' features, of weights that the method leaves frozen
+    all         that, and steps and the known latents' features, of those in LEARNING that the method leaves frozen
 
 A copy knows which version of its weight it was made from, and is made again in place, in the same storage, where that is another:
 whoever writes a weight need not know of it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Literal
 
@@ -19,13 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .float8_linear import float8_linear, float8_linear_reference, quantize_weight
+from .float8_linear import Rows, float8_linear, float8_linear_reference, quantize_weight
+from .norm_float8_linear import norm_float8_linear
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
     from .stdit3 import STDiT3
 
-LINEARS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
+LINEARS = ("attn.qkv", "cross_attn.q_linear", "mlp.fc1", "mlp.fc2")
+"""In float8 in sampling. A float8 product of 54,000 tokens saves 0.18 ms for qkv on an H100, 0.24 for fc1, 0.32 for fc2 and 0.05 for each
+square one; a pass that quantises 1,152 columns takes 0.07, unless the kernel before a product writes its rows so. So attn.proj and
+cross_attn.proj, behind attention's kernels, would lose."""
+LEARNING = ("mlp.fc1", "mlp.fc2")
+"""In float8 in steps and features too, with `all`. qkv would lose with a low-rank addition, which is one product with it in 16 bits;
+cross_attn.q_linear without the kernel that writes its rows, which has no gradients."""
 CAPABILITY = (8, 9)  # of the first cards with float8 products
 FARTHEST = 0.02  # relative, of a product on this card from the reference's: half a step of bfloat16, and other sums
 
@@ -34,15 +41,22 @@ Where = Literal["sampling", "all"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Where float8 serves. features_tokens: of the known latents; without gradients, more rows than these are sampling."""
+    """Where float8 serves a layer. features_tokens: of the known latents; without gradients, more rows than these are sampling.
+    learning: whether the layer is one of LEARNING."""
 
     where: Where
     features_tokens: int
+    learning: bool = True
 
     def serves(self, rows: float, trained: bool) -> bool:
         """Whether a product of so many rows is in float8, of a weight that the method trains or leaves frozen."""
         sampling = rows > self.features_tokens and not torch.is_grad_enabled()
-        return sampling or (self.where == "all" and not trained)
+        return sampling or (self.learns and not trained)
+
+    @property
+    def learns(self) -> bool:
+        """Whether steps and features are in float8 too, of a weight that is frozen."""
+        return self.where == "all" and self.learning
 
 
 def version_of(weight: Tensor) -> tuple[int, int]:
@@ -72,16 +86,26 @@ class Linear(nn.Linear):
 
     float8: Copy | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """rows: x in float8, where the layer computes in it and they are there already."""
         if in_float8(self, x):
-            return self.product(x)
+            return self.product(x, rows=rows)
         return super().forward(x)
 
-    def product(self, x: Tensor, gelu: bool = False) -> Tensor:
+    def product(self, x: Tensor, gelu: bool = False, rows: Rows | None = None) -> Tensor:
         """The layer of x, or of gelu(x), in float8."""
-        copy = self.float8
-        assert copy is not None
-        return float8_linear(x, copy.values, copy.scales, self.bias, self.weight, gelu)
+        return float8_linear(x, *self.parts(), gelu, rows)
+
+    def product_of_norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The layer of a modulated norm in float8, and its projection by `down` (norm_float8_linear.py)."""
+        return norm_float8_linear(x, shift, scale, *self.parts(), down)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The copy's values and scales, bias and weight."""
+        assert self.float8 is not None
+        return self.float8.values, self.float8.scales, self.bias, self.weight
 
 
 def in_float8(layer: nn.Module, x: Tensor) -> bool:
@@ -89,6 +113,11 @@ def in_float8(layer: nn.Module, x: Tensor) -> bool:
     if not isinstance(layer, Linear) or layer.float8 is None:
         return False
     return layer.float8.rule.serves(x.shape[:-1].numel(), layer.weight.requires_grad)
+
+
+def learns_in_float8(layer: nn.Module) -> bool:
+    """Whether steps compute a layer in float8, if a method leaves its weight frozen."""
+    return isinstance(layer, Linear) and layer.float8 is not None and layer.float8.rule.learns
 
 
 class Float8:
@@ -101,12 +130,12 @@ class Float8:
             for name in LINEARS:
                 linear = layer.get_submodule(name)
                 assert isinstance(linear, Linear), f"{name} was {type(linear)}; methods are attached afterwards"
-                linear.float8 = Copy(linear.weight, self.rule)
+                linear.float8 = Copy(linear.weight, replace(self.rule, learning=name in LEARNING))
                 self.linears.append(linear)
 
     @property
     def bytes(self) -> int:
-        """Of all copies; at STDiT3-XL/2 0.97 GiB."""
+        """Of all copies; at STDiT3-XL/2 0.83 GiB."""
         return sum(copy.values.nbytes + copy.scales.nbytes for _, copy in self.pairs())
 
     def refresh(self, rows: float = inf) -> int:

@@ -1,10 +1,10 @@
 """A linear layer in float8: e4m3 rows times e4m3 output channels, summed in float32, scaled and rounded once to x's dtype.
 
-On a GPU the library's product with a scale a row (torch._scaled_mm) after one pass that quantises x (kernels/quantize_rows.py);
-elsewhere a reference that quantises, dequantises and multiplies in float32. The weight is frozen; the gradient of x is that of the
-unrounded layer, dy W with W in 16 bits: rounding has no useful derivative, and a float8 product would need scales along its sum and
-a transposed copy of every weight. Widths that are no multiples of 16 are padded with zeros, in x and W alike. An operator of its
-own, so that a compiler need not know the library's call.
+On a GPU the library's product with a scale a row (torch._scaled_mm) of x's rows: where the kernel before the layer wrote them in float8
+they are given, else one pass quantises x, or its GELU (kernels/quantize_rows.py); elsewhere a reference that quantises, dequantises and
+multiplies in float32. The weight is frozen; the gradient of x is that of the unrounded layer, dy W with W in 16 bits: rounding has no
+useful derivative, and a float8 product would need scales along its sum and a transposed copy of every weight. Widths that are no
+multiples of 16 are padded with zeros, in x and W alike. An operator of its own, so that a compiler need not know the library's call.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -24,12 +24,16 @@ FAST_ACCUMULATION = False
 """Whether sums stay in the tensor cores' shorter accumulators; off, they are carried to float32 every 128 terms."""
 
 
+def product_reference(rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
+    """Of rows [..., P] and output channels [Q, P] in float8, plus bias [N]; [..., N] in the row scales' dtype, float32 or float64."""
+    weight = dequantized(values, scales.to(row_scales.dtype))[: bias.shape[0]]
+    return F.linear(dequantized(rows, row_scales), weight, bias.to(row_scales.dtype))
+
+
 def float8_linear_reference(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     """The mathematics in float32, or in float64 for a float64 x; in x's dtype."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = dequantized(*quantize_rows_reference(x.to(wide), gelu))
-    weight = dequantized(values, scales.to(wide))[: bias.shape[0], : x.shape[-1]]
-    return F.linear(rows, weight, bias.to(wide)).to(x.dtype)
+    rows = quantize_rows_reference(x if x.dtype == torch.float64 else x.float(), gelu)
+    return product_reference(*rows, values[:, : x.shape[-1]], scales, bias).to(x.dtype)
 
 
 @torch.no_grad()
@@ -68,38 +72,66 @@ def scaled_product(
     return out if N == Q else out[:, :N].contiguous()
 
 
+def product(
+    rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[..., N] in `dtype`, of rows [..., P] and their scales [..., 1]: `scaled_product` on a GPU, else its reference."""
+    if not rows.is_cuda:
+        return product_reference(rows, row_scales, values, scales, bias).to(dtype)
+    flat = scaled_product(rows.flatten(0, -2), row_scales.flatten(0, -2), values, scales, bias, dtype)
+    return flat.view(*rows.shape[:-1], -1)
+
+
+Rows = tuple[Tensor, Tensor]
+"""What enters a layer, in float8: values [..., P] and scales [..., 1], as `quantize_rows` writes them with MULTIPLE."""
+
+
 @torch.library.custom_op("vidtta::float8_linear", mutates_args=())
-def _float8_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+def _float8_linear(
+    x: Tensor, rows: Tensor | None, row_scales: Tensor | None, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor,
+    gelu: bool,
+) -> Tensor:  # fmt: skip
+    if rows is not None and row_scales is not None:
+        return product(rows, row_scales, values, scales, bias, x.dtype)
     if not x.is_cuda:
         return float8_linear_reference(x, values, scales, bias, gelu)
-    rows, row_scales = quantize_rows(x.flatten(0, -2), gelu, MULTIPLE)
-    return scaled_product(rows, row_scales, values, scales, bias, x.dtype).view(*x.shape[:-1], -1)
+    return product(*quantize_rows(x, gelu, MULTIPLE), values, scales, bias, x.dtype)
 
 
 @_float8_linear.register_fake
-def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+def _(x: Tensor, rows: Any, row_scales: Any, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool):
     return x.new_empty(*x.shape[:-1], bias.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[4])
+    x, *_, weight, gelu = inputs
+    ctx.save_for_backward(weight, x if gelu else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (weight,) = ctx.saved_tensors
-    return dy @ weight, None, None, None, None, None
+    weight, x = ctx.saved_tensors
+    dx = dy @ weight
+    if x is not None:
+        dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+    return dx, *[None] * 7
 
 
 _float8_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def float8_linear(
-    x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool = False
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    gelu: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
-    """x W^T + b, or gelu(x) W^T + b, in float8, [..., N] of x's dtype; differentiable in x without `gelu`: W and b are frozen.
+    """x W^T + b, or gelu(x) W^T + b (tanh), in float8, [..., N] of x's dtype; differentiable in x: W and b are frozen.
 
     x: [..., K], bfloat16 on a GPU, of any number of rows. values, scales: of W, from `quantize_weight`. bias: [N] and weight: W [N, K],
-    both of x's dtype; the weight is read by the backward alone.
+    both of x's dtype; the weight is read by the backward alone. rows: x in float8, where it is that already; not with gelu.
     Raises ValueError where shapes disagree, or where a gradient is asked for that there is not.
     """
     N, K = weight.shape
@@ -109,9 +141,14 @@ def float8_linear(
         f"float8_linear: x, values, scales and bias are {list(x.shape)}, {list(values.shape)}, {list(scales.shape)} and "
         f"{list(bias.shape)}; weight {[N, K]} needs [..., {K}], {[Q, P]}, {[Q, 1]} and {[N]}",
     )
-    asked = torch.is_grad_enabled()
+    quantized, row_scales = rows or (None, None)
     check(
-        not (asked and (weight.requires_grad or bias.requires_grad or (gelu and x.requires_grad))),
-        "float8_linear: weight and bias must be frozen, and gelu has no gradient; to train them use F.linear",
+        quantized is None or (not gelu and quantized.shape == (*x.shape[:-1], P)),
+        f"float8_linear: rows are {quantized is not None and list(quantized.shape)}, x {list(x.shape)} needs "
+        f"{[*x.shape[:-1], P]}, and none with gelu",
     )
-    return _float8_linear(x, values, scales, bias, weight, gelu)
+    check(
+        not (torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)),
+        "float8_linear: weight and bias must be frozen; to train them use F.linear",
+    )
+    return _float8_linear(x, quantized, row_scales, values, scales, bias, weight, gelu)

@@ -9,8 +9,9 @@
     full fine-tuning: norm and its linear layer      the norm again in the backward          kernels/norm_linear.py
                       GELU and its linear layer      GELU again in the backward              gelu_linear.py
 
-In float8 (float8.py) a frozen product is its quantisation in one pass, of an MLP's hidden state with the activation, and the library's
-product; a low-rank addition then joins in a product of its own.
+In float8 (float8.py) the norm writes its rows in float8 for the product that follows (norm_float8_linear.py), the gated residual those
+of x for the caption's queries in sampling, and an MLP's hidden state is quantised in one pass with the activation; a low-rank
+addition then joins in a product of its own.
 
 Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
 """
@@ -21,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.gate_residual import gate_residual, lora_gate_residual
+from ...kernels.common import MAX_RANK
+from ...kernels.gate_residual import (
+    gate_residual,
+    gate_residual_quantized,
+    lora_gate_residual,
+    lora_gate_residual_quantized,
+)
 from ...kernels.lora_linear import lora_linear_extended
 from ...kernels.norm_linear import norm_linear
 from ...kernels.norm_modulate import norm_modulate
@@ -29,7 +36,8 @@ from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
 from .again import Again, again
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
-from .float8 import in_float8
+from .float8 import Linear, in_float8
+from .float8_linear import MULTIPLE
 from .gelu_linear import gelu_linear
 from .geometry import Geometry
 from .lora_linear import LoRALinear
@@ -58,10 +66,19 @@ def fused_layer(
         a = again(_self_attention, attn, qkv, geometry, grid, backends)
     else:
         a = _self_attention(attn, qkv, geometry, grid, backends)
-    x = _added(x, a, attn.proj, gate_a, grid)
-    x = x + layer.cross_attn(x, text, known_text, geometry, backends)
+    if in_float8(_frozen(layer.cross_attn.q_linear), x) and not torch.is_grad_enabled():
+        x, values, scales = _added_quantized(x, a, attn.proj, gate_a, grid)
+        x = x + layer.cross_attn(x, text, known_text, geometry, backends, (values, scales))
+    else:
+        x = _added(x, a, attn.proj, gate_a, grid)
+        x = x + layer.cross_attn(x, text, known_text, geometry, backends)
     hidden = "hidden" in remade or ("half_hidden" in remade and attn.windowed)
     return gate_residual(x, _mlp(layer.mlp, x, shift_m, scale_m, hidden), gate_m)
+
+
+def _frozen(linear: nn.Module) -> nn.Module:
+    """The layer itself, without its low-rank addition."""
+    return linear.base if isinstance(linear, LoRALinear) else linear
 
 
 def _trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -72,9 +89,15 @@ def _mlp(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor, remade: bool) -> Ten
     """The MLP of the modulated norm; where its second product is trained, GELU's result is not kept, else with `remade` nothing."""
     if _trained(mlp.fc2):
         return gelu_linear(_projected(mlp.fc1, x, shift, scale), mlp.fc2.weight, mlp.fc2.bias)
+    if in_float8(_frozen(mlp.fc1), x) or in_float8(mlp.fc2, x):
+        return again(_products, mlp, x, shift, scale) if remade else _products(mlp, x, shift, scale)
     if remade:
         return mlp.fc2(again(_hidden, mlp.fc1, x, shift, scale))
     return mlp(norm_modulate(x, shift, scale))
+
+
+def _products(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return mlp.second(_projected(mlp.fc1, x, shift, scale))
 
 
 def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -83,7 +106,14 @@ def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """The linear layer of the modulated norm, its low-rank addition inside; where it is trained, the norm's result is not kept."""
-    if isinstance(linear, LoRALinear) and linear.extended is not None and not in_float8(linear.base, x):
+    base = _frozen(linear)
+    if isinstance(base, Linear) and in_float8(base, x):
+        if not isinstance(linear, LoRALinear):
+            return base.product_of_norm(x, shift, scale)[0]
+        if (rank := linear.A.shape[0]) <= MAX_RANK:
+            y, low = base.product_of_norm(x, shift, scale, linear.A)
+            return linear.joined(y, low[..., :rank])
+    elif isinstance(linear, LoRALinear) and linear.extended is not None:
         n = norm_modulate(x, shift, scale, linear.A)
         return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
     if _trained(linear):
@@ -116,3 +146,15 @@ def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | Non
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
     # Also where a rank is more than the kernel takes.
     return gate_residual(x, proj(a), gate, grid)
+
+
+def _added_quantized(
+    x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_added`, without gradients, and beside it its rows in float8."""
+    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, a):
+        base = proj.base
+        return lora_gate_residual_quantized(
+            x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid, MULTIPLE
+        )
+    return gate_residual_quantized(x, proj(a), gate, grid, MULTIPLE)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.lora_linear import extend_weight, write_up
 from .float8 import in_float8
+from .float8_linear import Rows
 
 
 class LoRALinear(nn.Module):
@@ -53,10 +54,15 @@ class LoRALinear(nn.Module):
         """What the layer's weight gains in effect, computed from A and B rounded to `dtype`; [out, in] float32."""
         return self.scale * (self.B.to(dtype).float() @ self.A.to(dtype).float())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def joined(self, y: Tensor, low: Tensor) -> Tensor:
+        """y + s low B^T, of the frozen layer's result and x A^T [..., rank]."""
+        rows, z, up = y.flatten(0, -2), low.flatten(0, -2), self.B.to(y.dtype)
+        return torch.addmm(rows, z, up.T, alpha=self.scale).view(y.shape)
+
+    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
+        """rows: as `Linear.forward` takes them."""
         if in_float8(self.base, x):
-            z, up = F.linear(x, self.A.to(x.dtype)).flatten(0, -2), self.B.to(x.dtype)
-            return torch.addmm(self.base(x).flatten(0, -2), z, up.T, alpha=self.scale).view(*x.shape[:-1], -1)
+            return self.joined(self.base(x, rows), F.linear(x, self.A.to(x.dtype)))
         if self.extended is not None:
             return _Extended.apply(x, self.extended, self.base.bias, self.A, self.B, self.scale)  # type: ignore[return-value]
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

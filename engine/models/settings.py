@@ -34,8 +34,9 @@ class ModelSettings:
     of a GPU, PyTorch's choice on the plain path."""
 
     float8: Literal["none", "sampling", "all"] = "none"
-    """Compute the layers' frozen linear layers in 8 bits (e4m3, a scale a token and an output channel): nowhere, in sampling, or also
-    in the steps and features of weights that the method leaves frozen. Changes results: arms that are compared share it."""
+    """Compute those of the layers' frozen linear layers that gain by it in 8 bits (e4m3, a scale a token and an output channel): nowhere,
+    in sampling, or also in the MLPs' steps and features where the method leaves them frozen. Changes results: arms that are compared
+    share it."""
 
     remade: tuple[Literal["rotation", "hidden", "half_hidden"], ...] = ()
     """What training on the kernels computes again in the backward pass instead of keeping it, for less memory and the same bits: the

@@ -123,12 +123,16 @@ class Mlp(nn.Module):
         """Product and activation in one, of x, weight and bias; serves where nothing is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            if in_float8(self.fc2, x):
-                return self.fc2.product(self.fc1(x), gelu=True)
-            if self.first is not None and isinstance(self.fc1, nn.Linear) and not in_float8(self.fc1, x):
-                return self.fc2(self.first(x, self.fc1.weight, self.fc1.bias))
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        first = None if torch.is_grad_enabled() or in_float8(self.fc1, x) or in_float8(self.fc2, x) else self.first
+        if first is not None and isinstance(self.fc1, nn.Linear):
+            return self.fc2(first(x, self.fc1.weight, self.fc1.bias))
+        return self.second(self.fc1(x))
+
+    def second(self, hidden: Tensor) -> Tensor:
+        """The activation of the first product, and the second product; in float8 the activation is part of quantising."""
+        if in_float8(self.fc2, hidden):
+            return self.fc2.product(hidden, gelu=True)
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
 
 
 class CaptionEmbed(nn.Module):

@@ -82,6 +82,13 @@ def check(
         assert_as_accurate(a, t, b, name, terms=terms, largest=largest)
 
 
+def half_a_step(x: Tensor, scales: Tensor) -> Tensor:
+    """Of e4m3 at each number: 2**-4 of it, and 2**-10 below the smallest normal, 2**-6; in units of x. A hair more, as x over its
+    scale is rounded to float32 first."""
+    steps = (x / scales).abs().clamp(min=2.0**-6).log2().floor().exp2() * 2.0**-4
+    return steps * scales * (1 + 1e-6) + (x / scales).abs() * scales * 2e-7
+
+
 def rand(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1009 + len(shape) + sum(shape))
     return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)

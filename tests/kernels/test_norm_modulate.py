@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vidtta.kernels.norm_modulate import norm_modulate, norm_modulate_reference
+from vidtta.kernels.norm_modulate import norm_modulate, norm_modulate_reference, norm_quantize
+from vidtta.kernels.quantize_rows import LARGEST, dequantized
 
-from tests.kernels.accuracy import DEVICE, check, every_dtype, every_mode, rand
+from tests.kernels.accuracy import DEVICE, assert_as_accurate, check, every_dtype, every_mode, half_a_step, rand
 
 # One number; odd sizes, several samples and blocks of rows; the model's width with a row count that no block divides.
 SHAPES = [(1, 1, 1), (2, 45, 37), (1, 33, 1152)]
@@ -78,6 +79,32 @@ def test_every_row_is_normalised():
     x, shift, scale = inputs((2, 9, 100), torch.float32)
     n = norm_modulate(x, torch.zeros_like(shift), torch.zeros_like(scale))
     assert n.mean(-1).abs().max() < 1e-5 and (n.square().mean(-1) - 1).abs().max() < 1e-4
+
+
+@every_dtype
+@pytest.mark.usefixtures("float8_cast")
+@pytest.mark.parametrize(("shape", "rank"), [((2, 9, 37), 3), ((1, 5, 1152), 0)], ids=str)
+def test_rows_in_float8_are_those_of_the_unrounded_norm(shape, rank, dtype):
+    """Widths that need zeros behind them, and the model's. The projection is as accurate as it is of n in 16 bits."""
+    x, shift, scale = inputs(shape, dtype)
+    down = rand(rank, shape[2], dtype=dtype, scale=shape[2] ** -0.5, seed=4) if rank else None
+    D = shape[2]
+    values, scales, low, mean, rstd = norm_quantize(x, shift, scale, down, 16)
+    exact = norm_modulate_reference(*(t.double() for t in (x, shift, scale)), None if down is None else down.double())
+    truth, near = exact[..., :D], norm_modulate_reference(x.float(), shift.float(), scale.float())
+    slack = 2 * (near.double() - truth).abs().max() + 1e-6
+    assert values.shape == (*shape[:2], -(-D // 16) * 16) and not values[..., D:].float().any()
+    assert_as_accurate(
+        scales, truth.abs().amax(-1, keepdim=True) / LARGEST, near.abs().amax(-1, keepdim=True) / LARGEST
+    )
+    found = dequantized(values, scales.double())[..., :D]
+    assert ((found - truth).abs() <= half_a_step(truth, scales.double()) + slack).all()
+    if down is not None:
+        baseline = norm_modulate_reference(x, shift, scale, down)
+        assert_as_accurate(low, exact[..., D:], baseline[..., D:])
+    assert_as_accurate(mean, x.double().mean(-1), x.float().mean(-1))
+    exact_rstd, near_rstd = ((t.var(-1, correction=0) + 1e-6).rsqrt() for t in (x.double(), x.float()))
+    assert_as_accurate(rstd, exact_rstd, near_rstd)
 
 
 @pytest.mark.parametrize(
