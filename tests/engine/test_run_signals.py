@@ -84,8 +84,18 @@ def test_the_warning_of_a_time_limit_asks_for_a_requeue_after_the_clip_in_hand(l
     assert lab.results(output) == undisturbed
 
 
+@pytest.fixture
+def hears_interrupts():
+    """A shell starts what runs in its background deaf to SIGINT, and a deaf process would go on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_second_signal_does_not_wait_and_handlers_are_put_back(lab, undisturbed, monkeypatch, capsys, times):
+def test_a_second_signal_does_not_wait_and_handlers_are_put_back(
+    lab, undisturbed, hears_interrupts, monkeypatch, capsys, times
+):
     output = f"{times} signals"
     shutil.copytree(lab.root / "undisturbed", lab.root / output)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
