@@ -24,7 +24,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "plain": ("lora eager",),
         "compile": ("lora compiled",),
         "triton": ("lora fused, not compiled",),
-        "triton + compile": ("lora fused, launched",),
+        "triton + compile": ("lora fused",),
     },
     "features": {
         "plain": ("delta features eager",),
