@@ -3,7 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 # (torch exports its multi-tensor operations under private names alone)
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Recorded:
         note_peak(torch.cuda.max_memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         # Other threads may go on using the card.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with _uncollected(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = compute(*self.inputs)
         self.working = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
 
@@ -72,6 +74,18 @@ class Recorded:
         if new:
             torch._foreach_copy_([self.inputs[k] for k in new], [inputs[k] for k in new])
             self.held = [(t, t._version) for t in inputs]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: a dead record that it finds would be destroyed while another is made, which CUDA does not permit."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _room(tensor: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ def _fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.cute.interface import flash_attn_func  # type: ignore[import-not-found]
 
-    out = flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+    # Asked for alone, because earlier versions know no such argument.
+    repeated = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = flash_attn_func(q, k, v, **repeated)
     return out[0] if isinstance(out, tuple) else out
 
 

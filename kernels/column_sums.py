@@ -9,12 +9,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check_runs, jit, power_of_two
+from .common import cdiv, check, check_runs, jit, power_of_two
 
 FEW = 512  # rows, up to which one launch does it
 ONE = {"BLOCK_M": 128, "BLOCK_N": 16}
 MANY = {"BLOCK_M": 32, "BLOCK_N": 64}
 SPLITS = 32
+MOST_MATRICES = 65535  # that a launch's grid takes along its last axis
 
 
 def column_sums_reference(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,9 +51,13 @@ def column_sums(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x summed over its last but one axis, [..., N]; without gradients.
 
     x: [..., M, N], float32, bfloat16 or float16, summed in float32 and rounded once to `dtype`, x's own by default. Raises ValueError
-    for another dtype, or where the kernel cannot run.
+    for another dtype or shape, or where the kernel cannot run.
     """
     check_runs("column_sums", x)
+    check(
+        x.ndim > 1 and x.shape[:-2].numel() <= MOST_MATRICES,
+        f"column_sums: x is {list(x.shape)}, needs two axes and at most {MOST_MATRICES} matrices",
+    )
     dtype = dtype or x.dtype
     if 0 in x.shape:
         return x.new_zeros(*x.shape[:-2], x.shape[-1], dtype=dtype)

@@ -82,9 +82,9 @@ def prepare(features_KND: Tensor, residual_KNC: Tensor, weight_NC: Tensor | None
             t is None or t.dtype == torch.float32,
             f"delta_features: {name} must be float32, was {None if t is None else t.dtype}",
         )
-    maps = maps_KCD - maps_KCD.mean(-1, keepdim=True)
+    maps = (maps_KCD - maps_KCD.mean(-1, keepdim=True)).contiguous()
     means = residual_KNC.new_empty(K, N)
-    target, projected = torch.empty_like(residual_KNC), torch.empty_like(residual_KNC)
+    target, projected = (residual_KNC.new_empty(K, N, C) for _ in range(2))
     for k in range(K):
         centred = features_KND[k].float()
         means[k] = centred.mean(-1)
@@ -273,6 +273,8 @@ def pre_gradient(cached: Features, centred_KD: Tensor, added_KC: Tensor, losses:
     check_runs("pre_gradient", cached.features)
     _check_delta("pre_gradient", centred_KD, (K, D))
     _check_added("pre_gradient", added_KC, (K, C))
+    _check_step("pre_gradient", losses, step)
+    check(centred_KD.is_contiguous() and added_KC.is_contiguous(), "pre_gradient: centred and added must be contiguous")
     parts, tokens_each = _parts(N, K, BLOCK_N)
     loss, gradient = losses.new_empty(K, parts), losses.new_empty(K, D)
     along, pulled = losses.new_empty(K, parts, C), losses.new_empty(K, parts, D)
@@ -292,6 +294,10 @@ def pre_gradient(cached: Features, centred_KD: Tensor, added_KC: Tensor, losses:
 
 def _check_delta(name: str, delta: Tensor, shape: tuple[int, int]) -> None:
     check(delta.shape == shape, f"{name}: delta is {list(delta.shape)}, needs {list(shape)}")
+
+
+def _check_step(name: str, losses: Tensor, step: int) -> None:
+    check(0 <= step < len(losses), f"{name}: step is {step}, there is room for {len(losses)} losses")
 
 
 def _check_added(name: str, added: Tensor, shape: tuple[int, int]) -> None:
@@ -371,6 +377,18 @@ def linear_gradient(sums: ResidualSums, maps_KCD: Tensor, added_KC: Tensor, loss
     K, C, D = maps_KCD.shape
     check_runs("linear_gradient", maps_KCD, losses)
     _check_added("linear_gradient", added_KC, (K, C))
+    _check_step("linear_gradient", losses, step)
+    read = {"maps": maps_KCD, "added": added_KC, "residual": sums.residual, "count": sums.count, "square": sums.square}
+    for name, t in read.items():
+        check(
+            t.is_contiguous(),
+            f"linear_gradient: {name} {list(t.shape)} must be contiguous, has strides {list(t.stride())}",
+        )
+    check(
+        sums.residual.shape == sums.count.shape == (K, C) and sums.square.shape == (K,),
+        f"linear_gradient: sums are {list(sums.residual.shape)}, {list(sums.count.shape)}, {list(sums.square.shape)}; maps "
+        f"{[K, C, D]} need {[K, C]}, {[K, C]}, {[K]}",
+    )
     gradient = losses.new_empty(K, D)
     _linear_gradient_kernel[(cdiv(D, BLOCK_D), K)](
         sums.residual, sums.count, sums.square, added_KC, maps_KCD, losses, gradient, K, step,

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """By dtype; several steps of a sampler may drift five times as far. In float32 on a CPU the distances are near 1e-6.
 
 A VAE in bfloat16 rounds at every layer, and two that round in another order lie apart by more than either from float32. There the
-yardstick is the official code itself: twice its own distance from our plain path in float32 is allowed.
+yardstick is our plain path: twice its distance from itself in float32 is allowed.
 """
 # Of the sampler: the last step is odd and after the forced ones, so unguided.
 STEPS, FORCED, TEXT, IMAGE = 4, 2, 7.5, 5.0
@@ -108,10 +108,11 @@ class Pair:
             self.truth[kind] = found
         return {"who": who, "against": {"distance": distance, "allowed": allowed}, "peer": self.official.label}
 
-    def yardstick(self, kind: str, official: Tensor, exact: Callable[[], Tensor]) -> None:
-        """Allow twice the official result's distance from one in float32, where the networks are in bfloat16."""
+    def yardstick(self, kind: str, ours: Callable[[], Tensor], exact: Callable[[], Tensor]) -> None:
+        """Allow twice our own result's distance from ours in float32, where the networks are in bfloat16: nothing of the official
+        result, which is judged by it."""
         if self.dtype != torch.float32 and kind not in self.limits:
-            self.limits[kind] = 2 * relative(official, exact())
+            self.limits[kind] = 2 * relative(ours(), exact())
 
     def told(self, kind: str, who: str, row: Row) -> Row:
         """The row with how many times longer the official code took."""
@@ -371,7 +372,7 @@ def autoencoder(who: str, what: str) -> Callable[[Pair], Row]:
                     return vae.decode(latents)
 
             found = same()
-            pair.yardstick(f"vae {what}", found, lambda: ours(deepcopy(experiment.vae).float()))
+            pair.yardstick(f"vae {what}", ours, lambda: ours(deepcopy(experiment.vae).float()))
             told = pair.judge(f"vae {what}", who, found, ours)
             row, _ = scene.watch.measure(all_of_it if shipped else same, runs=3)
             kind = f"vae {what}{', as shipped' if shipped else ''}"

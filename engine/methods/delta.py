@@ -182,10 +182,13 @@ def least_squares(rows_MD: Tensor, wanted_M: Tensor, ridge: float) -> Tensor:
     if ridge == 0:
         solution = torch.linalg.pinv(gram, hermitian=True) @ right
     else:
+        rounding = torch.finfo(gram.dtype).eps * len(gram) * gram.diagonal().max().item()
+        if ridge <= rounding:
+            raise ValueError(
+                f"ridge {ridge} is lost in the rounding of the normal equations, near {rounding:.1e}; take a larger one, or 0"
+            )
         gram.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            raise ValueError(f"ridge {ridge} is lost in the rounding of the normal equations; take a larger one, or 0")
+        factor = torch.linalg.cholesky(gram)
         solution = torch.cholesky_solve(right[:, None], factor)[:, 0]
     return rows_MD.T @ solution if M < D else solution
 

@@ -44,6 +44,10 @@ class ModelSettings:
     layer). Another path keeps everything."""
 
     def __post_init__(self) -> None:
+        if {"hidden", "half_hidden"} <= set(self.remade):
+            raise ValueError(
+                f"remade must have one of hidden and half_hidden, was {list(self.remade)}; hidden is the more"
+            )
         if self.remade and self.kernels in ("plain", "compile"):
             raise ValueError(
                 f"remade must be empty where kernels is {self.kernels}, which keeps everything, was {list(self.remade)}; "

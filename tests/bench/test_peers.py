@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from vidtta.bench import record, suite
 from vidtta.bench.peers import attention, official, plumbing, sdpa
+from vidtta.bench.peers.opensora_rows import Pair
 
 STANDINS = Path(__file__).parent / "standins"
 CPU = torch.device("cpu")
@@ -55,6 +58,24 @@ def test_an_official_code_that_computes_otherwise_gets_no_time(tmp_path: Path):
     assert "relative distance" in rows[names[0]]["error"] and "ms" not in rows[names[0]]
     assert rows[names[1]]["absent"] == "there is no official result to hold it against"
     assert record.read(tmp_path / "a.json").times == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: 1.3 * x, lambda x: -x, torch.zeros_like, torch.randn_like],
+    ids=["larger", "negated", "zero", "noise"],
+)
+def test_in_bfloat16_a_wrong_result_does_not_widen_what_it_is_allowed(wrong):
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    pair: Any = SimpleNamespace(dtype=torch.bfloat16, limits={}, truth={}, official=SimpleNamespace(label="theirs"))
+
+    def ours() -> torch.Tensor:
+        return exact * 1.02
+
+    Pair.yardstick(pair, "vae", ours, lambda: exact)
+    assert Pair.judge(pair, "vae", "official", exact * 0.99, ours)["against"]["allowed"] == pytest.approx(0.04)
+    with pytest.raises(ArithmeticError, match="relative distance"):
+        Pair.judge(pair, "vae", "official", wrong(exact), ours)
 
 
 @on_cpu

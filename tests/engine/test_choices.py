@@ -346,6 +346,8 @@ def test_what_a_recipe_has_computed_again_is_in_force_for_training_on_the_kernel
         use_paths(experiment.dit, None)
     assert lab.run("plain ways", "model.kernels=plain", "model.remade=[hidden]", arms={"lora": LORA}) == 2
     assert "remade must be empty where kernels is plain" in one_sentence(capsys)
+    assert lab.run("both", "model.remade=[hidden,half_hidden]", arms={"lora": LORA}) == 2
+    assert "remade must have one of hidden and half_hidden" in one_sentence(capsys)
 
 
 @interpreted

@@ -196,9 +196,12 @@ def test_either_gram_matrix_gives_the_least_squares_solution(rows, width, ridge)
     torch.testing.assert_close(least_squares(A, wanted, ridge), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_ridge_that_rounding_swallows_is_refused():
-    with pytest.raises(ValueError, match=r"^ridge 1e-30 is lost in the rounding of the normal equations"):
-        least_squares(torch.ones(2, 4).double(), torch.ones(2).double(), 1e-30)
+@pytest.mark.parametrize("rows", [2, 4, 9], ids=["more unknowns", "as many", "fewer"])
+@pytest.mark.parametrize("ridge", [1e-30, 1e-16])
+def test_a_ridge_that_rounding_swallows_is_refused(ridge, rows):
+    """Also where a factorisation would still go through, and give a solution of another ridge."""
+    with pytest.raises(ValueError, match=rf"^ridge {ridge} is lost in the rounding of the normal equations, near \d"):
+        least_squares(torch.ones(rows, 4).double(), torch.ones(rows).double(), ridge)
 
 
 @pytest.mark.parametrize("ranges", [1, 2])

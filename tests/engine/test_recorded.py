@@ -1,6 +1,7 @@
 """Recorded computations. What a graph does needs a card; the order of what is asked of CUDA is seen with stand-ins on a CPU."""
 
-from contextlib import contextmanager
+import gc
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,23 @@ def test_it_warms_up_beside_the_stream_and_records_once(events):
     Recorded(lambda x: events.append("compute") or x, (torch.ones(2),), warm_ups=2, pool="memory")
     warm_up = ["beside waits for main", "enter beside", "compute", "compute", "leave beside"]
     assert events == [*warm_up, "main waits for beside", "enter graph memory", "compute", "leave graph memory"]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["recorded", "failing"])
+def test_no_garbage_is_collected_while_a_graph_is_recorded(events, fails):
+    """A dead graph among it would be destroyed, which CUDA does not permit then: the record would fail now and then."""
+    enabled = []
+
+    def compute(x):
+        enabled.append(gc.isenabled())
+        if fails and len(enabled) == 2:
+            raise RuntimeError("cannot be recorded")
+        return x
+
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="cannot be recorded") if fails else nullcontext():
+        Recorded(compute, (torch.ones(2),), warm_ups=1)
+    assert enabled == [True, False] and gc.isenabled()
 
 
 def test_inputs_are_copied_to_where_the_record_reads_them(events):

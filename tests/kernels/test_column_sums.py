@@ -43,3 +43,9 @@ def test_columns_of_a_slice_and_of_nothing():
 def test_a_dtype_that_the_kernel_does_not_take_is_named():
     with pytest.raises(ValueError, match="column_sums: dtype must be float32"):
         column_sums(torch.zeros(3, 3, dtype=torch.float64, device=DEVICE))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2**16, 1, 1)])
+def test_a_shape_that_a_launch_does_not_take_is_named(shape):
+    with pytest.raises(ValueError, match="needs two axes and at most 65535 matrices"):
+        column_sums(torch.zeros(shape, device=DEVICE))

@@ -34,7 +34,9 @@ def adapted(site: Site, fast: bool, latents: Tensor, **settings) -> tuple[Tensor
     seen: list[float] = []
     trace = adapter.adapt(tiny_task(model, latents=latents), lambda step, loss: seen.append(loss))
     assert seen == trace.losses and len(trace.zero_losses) == STEPS
-    return adapter.state()["d"], trace.losses, trace.gradient_norms
+    found = adapter.state()["d"], trace.losses, trace.gradient_norms
+    adapter.detach()
+    return found
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -63,6 +65,7 @@ def test_after_each_step_its_delta_is_in_force_and_the_trace_as_long():
             seen.append(adapter.state()["d"])
 
         adapter.adapt(tiny_task(model, latents=latents), look)
+        adapter.detach()
         found.append(torch.stack(seen))
     assert not torch.equal(found[0][0], found[0][1])
     torch.testing.assert_close(*found, rtol=2e-4, atol=2e-5)
