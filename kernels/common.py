@@ -26,6 +26,13 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def head_and_rest(columns: int) -> tuple[int, int]:
+    """Two powers of two that hold a row in registers between them: the largest not above it, and one for what is left, 0 where nothing
+    is. 1152 is 1024 and 128 with no lane idle, where one tile would be 2048."""
+    head = power_of_two(columns + 1) // 2
+    return head, power_of_two(columns - head) if columns > head else 0
+
+
 def block_for(size: int, largest: int) -> int:
     """A power of two that tl.dot takes, no larger than needed for `size` and than `largest`."""
     return min(largest, max(SMALLEST_DOT, power_of_two(size)))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check, check_runs, jit, power_of_two
+from .common import cdiv, check, check_runs, head_and_rest, jit, power_of_two
 
 EPS = 1e-6
 # A warp alone has a token, so that no sum over its channels waits at a barrier.
@@ -278,12 +278,12 @@ def pre_gradient(cached: Features, centred_KD: Tensor, added_KC: Tensor, losses:
     parts, tokens_each = _parts(N, K, BLOCK_N)
     loss, gradient = losses.new_empty(K, parts), losses.new_empty(K, D)
     along, pulled = losses.new_empty(K, parts, C), losses.new_empty(K, parts, D)
-    weight, main = cached.weight, power_of_two(D + 1) // 2
+    weight, (main, tail) = cached.weight, head_and_rest(D)
     _pre_kernel[(parts, K)](
         cached.features, cached.means, cached.target, cached.projected, cached.target if weight is None else weight,
         centred_KD, added_KC, loss, along, pulled, N, tokens_each,
         D=D, C=C, EPS=EPS, WEIGHT=weight is not None, STAGES=STAGES, BLOCK_N=BLOCK_N,
-        MAIN=main, TAIL=power_of_two(D - main) if main < D else 0, BLOCK_C=power_of_two(C), num_warps=WARPS,
+        MAIN=main, TAIL=tail, BLOCK_C=power_of_two(C), num_warps=WARPS,
     )  # fmt: skip
     _pre_gradient_kernel[(cdiv(D, BLOCK_D), K)](
         loss, along, pulled, cached.maps, losses, gradient, parts, K * parts, step, -2.0 / (K * cached.total),
@@ -307,33 +307,29 @@ def _check_added(name: str, added: Tensor, shape: tuple[int, int]) -> None:
     )
 
 
-@torch.no_grad()
-def pre_loss_and_gradient(cached: Features, delta_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of site pre and its gradient for the delta of every draw, [K, D] float32; one read of the features.
-
-    delta: [K, D] float32 (draws that share a vector repeat it, and add up their rows of the gradient). Raises as `pre_gradient`.
-    """
-    _check_delta("pre_loss_and_gradient", delta_KD, (cached.maps.shape[0], cached.maps.shape[2]))
-    # Not a matrix product, which might round to TF32.
-    centred = delta_KD - delta_KD.mean(-1, keepdim=True)
-    added = (cached.maps * centred[:, None]).sum(-1, dtype=torch.float64)
-    loss = delta_KD.new_empty(1)
-    gradient = pre_gradient(cached, centred, added, loss, 0)
-    return loss[0], gradient
-
-
 @dataclass(frozen=True)
 class ResidualSums:
-    """Of each draw, float64: r and w summed over the tokens, [K, C] each, and the squares of r, [K]."""
+    """Of each draw, float64: r and w summed over the tokens, [K, C] each, and the squares of r, [K]; contiguous, as a kernel reads
+    them at every step. Raises ValueError for others."""
 
     residual: Tensor
     count: Tensor
     square: Tensor
 
+    def __post_init__(self) -> None:
+        shape = self.residual.shape
+        for name, t, wanted in (
+            ("residual", self.residual, shape), ("count", self.count, shape), ("square", self.square, shape[:1])
+        ):  # fmt: skip
+            check(
+                t.shape == wanted and t.is_contiguous(),
+                f"residual_sums: {name} is {list(t.shape)} with strides {list(t.stride())}, must be {list(wanted)} and contiguous",
+            )
+
 
 def residual_sums_reference(residual: Tensor, weight: Tensor | None) -> ResidualSums:
     weight = torch.ones_like(residual[0]) if weight is None else weight
-    return ResidualSums(residual.sum(1), weight.sum(0).expand(residual.shape[0], -1), residual.square().sum((1, 2)))
+    return ResidualSums(residual.sum(1), weight.sum(0).repeat(residual.shape[0], 1), residual.square().sum((1, 2)))
 
 
 @torch.no_grad()
@@ -378,16 +374,10 @@ def linear_gradient(sums: ResidualSums, maps_KCD: Tensor, added_KC: Tensor, loss
     check_runs("linear_gradient", maps_KCD, losses)
     _check_added("linear_gradient", added_KC, (K, C))
     _check_step("linear_gradient", losses, step)
-    read = {"maps": maps_KCD, "added": added_KC, "residual": sums.residual, "count": sums.count, "square": sums.square}
-    for name, t in read.items():
-        check(
-            t.is_contiguous(),
-            f"linear_gradient: {name} {list(t.shape)} must be contiguous, has strides {list(t.stride())}",
-        )
+    check(maps_KCD.is_contiguous() and added_KC.is_contiguous(), "linear_gradient: maps and added must be contiguous")
     check(
-        sums.residual.shape == sums.count.shape == (K, C) and sums.square.shape == (K,),
-        f"linear_gradient: sums are {list(sums.residual.shape)}, {list(sums.count.shape)}, {list(sums.square.shape)}; maps "
-        f"{[K, C, D]} need {[K, C]}, {[K, C]}, {[K]}",
+        sums.residual.shape == (K, C),
+        f"linear_gradient: sums are {list(sums.residual.shape)}, maps {[K, C, D]} need {[K, C]}",
     )
     gradient = losses.new_empty(K, D)
     _linear_gradient_kernel[(cdiv(D, BLOCK_D), K)](

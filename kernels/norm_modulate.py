@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_sums import column_sums
-from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, padded_rank, power_of_two, splits_for
+from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, head_and_rest, jit, padded_rank, splits_for
 from .quantize_rows import LARGEST, SMALLEST, padded, quantize_rows_reference, row_scale
 
 BLOCK_N = 16  # rows of a program, with a down projection; half of them without
@@ -226,9 +226,7 @@ def _input_gradient(
     """dout: [B, N, at least D], dlow: [B, N, R], either with columns of the other beside it."""
     B, N, D = x.shape
     R = 0 if down is None else padded_rank(down.shape[0])
-    # A power of two and the rest: 1152 is 1024 and 128, with no lane idle.
-    head = max(SMALLEST_DOT, power_of_two(D + 1) // 2)
-    rest = max(SMALLEST_DOT, power_of_two(max(1, D - head)))
+    head, rest = (max(SMALLEST_DOT, size) for size in head_and_rest(D))
     rows, warps = (16, 8) if R else (8, 8) if vectors else (4, 4)
     programs = cdiv(N, rows)
     dx = torch.empty_like(x)

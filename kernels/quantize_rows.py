@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, check, check_runs, jit, power_of_two
+from .common import cdiv, check, check_runs, head_and_rest, jit, power_of_two
 
 LARGEST = 448.0  # of e4m3
 SMALLEST = 2.0**-100  # a scale; a row of zeros has it, and products of two scales stay normal numbers
@@ -89,16 +89,6 @@ def _quantize_kernel(
     tl.store(scales_ptr + m, scale, mask=m < M)
 
 
-def head_and_tail(columns: int) -> tuple[int, int]:
-    """Two powers of two that hold a row between them, the second zero where one does: 1152 is 1024 and 128, 4608 is 4096 and 512, of
-    which a tile of 8192 would leave 44 % idle."""
-    whole = power_of_two(columns)
-    if whole == columns:
-        return whole, 0
-    tail = power_of_two(columns - whole // 2)
-    return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
-
-
 def quantize_rows(
     x: Tensor, gelu: bool = False, multiple: int = 1, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +115,9 @@ def quantize_rows(
         f"quantize_rows: out is {list(values.shape)} {values.dtype} and {list(scales.shape)} {scales.dtype}, x {list(x.shape)} needs "
         f"contiguous {list(wanted)} float8_e4m3fn and {[*x.shape[:-1], 1]} float32",
     )  # fmt: skip
-    M, (head, tail) = scales.numel(), head_and_tail(P)
+    M, (head, tail) = scales.numel(), head_and_rest(P)
+    if head == tail:
+        head, tail = 2 * head, 0
     if M:
         block_m = max(1, min(TILE // head, power_of_two(M)))
         _quantize_kernel[(cdiv(M, block_m),)](

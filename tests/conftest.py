@@ -1,6 +1,7 @@
 """What every test is run under: two processes where the whole suite is asked for, and a quicker interpreter of kernels."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     config.option.numprocesses, config.option.dist = 2, "worksteal"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a run compiles is traced and counted as ever, but runs as it is."""
+    from vidtta.engine import choices
+
+    monkeypatch.setattr(choices, "COMPILER", "eager")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -32,13 +31,7 @@ LORA = {"kind": "lora", "steps": 2, "rank": 4}
 interpreted = pytest.mark.skipif(torch.cuda.is_available() or not INTERPRETED, reason="for Triton's interpreter alone")
 
 
-@pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are traced and counted as ever, but run as they are."""
-    monkeypatch.setattr(choices_module, "COMPILER", "eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """What layers in float8 compute: off they change no bit, on they are the reference, on every path."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from vidtta.engine import choices as choices_module
 from vidtta.engine.methods import LoRA
 from vidtta.engine.models import float8 as float8_module
 from vidtta.engine.models.checkpoint import state_hash
@@ -23,15 +20,7 @@ from .float8_by_hand import by_hand, distance
 from .test_paths import velocities
 from .tiny import noise, tiny_dit
 
-pytestmark = pytest.mark.usefixtures("float8_cast")
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(choices_module, "COMPILER", "eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("float8_cast", "quick_compiler")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,10 +1,7 @@
 """Float8 in a run: what a card lacks, and results that say so."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from vidtta.engine import choices as choices_module
 from vidtta.engine.errors import UserError
 from vidtta.engine.models import float8 as float8_module
 from vidtta.engine.models.float8 import put_float8_in_force, use_float8
@@ -15,13 +12,7 @@ from vidtta.engine.models.stdit3 import STDiT3
 from .tiny import tiny_dit
 from .tiny_run import DELTA, FULL, one_sentence, tiny_lab
 
-
-@pytest.fixture(autouse=True)
-def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(choices_module, "COMPILER", "eager")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def test_a_product_that_cannot_run_on_a_card_is_one_sentence(monkeypatch: pytest.MonkeyPatch):

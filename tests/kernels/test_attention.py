@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -123,3 +125,23 @@ def test_with_deterministic_algorithms_none_is_taken_that_gives_other_bits_the_s
     monkeypatch.setattr(attention, "attend", drifting)
     rows = measure([SMALL], CPU, torch.float32, training=training, backends=("flash", "efficient"), runs=1)
     assert "other bits" in rows[0]["refused"] and "milliseconds" in rows[1]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_4_repeats_its_bits_where_that_is_asked_for(deterministic, monkeypatch):
+    asked = []
+
+    def stand_in(q, k, v, **settings):
+        asked.append(settings)
+        return plain(q, k, v), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", SimpleNamespace(flash_attn_func=stand_in))
+    q, k, v = (rand(2, 17, 3, 8, seed=s) for s in range(3))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert torch.equal(attend(q, k, v, "fa4"), plain(q, k, v))
+    finally:
+        torch.use_deterministic_algorithms(True)
+    assert asked == [{"deterministic": True} if deterministic else {}]

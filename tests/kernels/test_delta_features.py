@@ -12,7 +12,7 @@ from vidtta.kernels.delta_features import (
     linear_gradient,
     linear_loss_and_gradient,
     loss_reference,
-    pre_loss_and_gradient,
+    pre_gradient,
     prepare,
     residual_sums,
     residual_sums_reference,
@@ -22,6 +22,15 @@ from tests.kernels.accuracy import DEVICE, assert_as_accurate, every_dtype, rand
 
 # draws, tokens, channels, outputs. One of all; odd; the model's width and outputs, with tokens that no block divides.
 SHAPES = [(1, 1, 2, 1), (3, 41, 37, 5), (2, 9, 1152, 64)]
+
+
+def pre_loss_and_gradient(features: Features, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels' loss and gradient at site pre of the deltas of all draws, [K, D]."""
+    centred = delta - delta.mean(-1, keepdim=True)
+    added = (features.maps * centred[:, None]).sum(-1, dtype=torch.float64)
+    loss = delta.new_empty(1)
+    gradient = pre_gradient(features, centred, added, loss, 0)
+    return loss[0], gradient
 
 
 @pytest.fixture(autouse=True)
