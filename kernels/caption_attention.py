@@ -94,7 +94,7 @@ def _forward_kernel(
     c = tl.arange(0, D)
     if ONE:
         k, v, _, key = _text(k_ptr, v_ptr, 0, keys, stride, d, D, BLOCK_L)
-    for i in tl.range(0, EACH, num_stages=STAGES):
+    for i in tl.range(0, tl.minimum(EACH, tl.cdiv(last - first, BLOCK_M)), num_stages=STAGES):
         n = first + i * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (n < last)[:, None] & (c < d)[None, :]
         q = tl.load(q_ptr + b * q_batch + n[:, None] * q_row + h * d + c[None, :], mask=inside, other=0.0)
@@ -143,7 +143,7 @@ def _backward_kernel(
         if TEXT:
             dk = tl.zeros((BLOCK_L, D), tl.float32)
             dv = tl.zeros((BLOCK_L, D), tl.float32)
-    for i in tl.range(0, EACH, num_stages=STAGES):
+    for i in tl.range(0, tl.minimum(EACH, tl.cdiv(last - first, BLOCK_M)), num_stages=STAGES):
         n = first + i * BLOCK_M + tl.arange(0, BLOCK_M)
         real = n < last
         inside = real[:, None] & (c < d)[None, :]

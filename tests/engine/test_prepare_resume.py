@@ -91,11 +91,13 @@ def test_workers_give_the_same_and_end_when_their_parent_is_killed(source, prepa
     command = [sys.executable, str(tmp_path / "program.py"), "prepare", "ucf101", "--source", str(archive), *sizes]
     out = tmp_path / "out"
     with subprocess.Popen([*command, "--out", str(out), "--workers", "2"], stdout=subprocess.PIPE) as process:
-        while not list(out.glob(".tmp-*-unpacked.avi")):  # a video waits for the workers
+        children: list[str] = []
+        # Until the workers are there, and a video that waits for them.
+        while len(children) < 2 or not list(out.glob(".tmp-*-unpacked.avi")):
+            assert process.poll() is None, "it ended before both were seen"
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
-    assert len(children) >= 2
     done = subprocess.run([*command, "--out", str(out), "--workers", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-2:] == [
