@@ -122,7 +122,8 @@ class Stopwatch:
         return row, result  # type: ignore[possibly-undefined]
 
     def steps(self, adapt: Callable[[Callable[[int, float], None]], T], undo: Callable[[], Any]) -> tuple[Row, T]:
-        """Median wall time from step to step of a loop that reports its steps; a first loop compiles and is undone.
+        """Median wall time from step to step of a loop that reports its steps, each when its numbers have come from the device, which is
+        by then at work on the next; a first loop compiles and is undone.
 
         Nothing empties the cache inside the method's own loop: a step reads weights of many times its size."""
         start = self.now()
@@ -132,7 +133,7 @@ class Stopwatch:
         times: list[float] = []
         self.reset_peak()
         begin = self.now()
-        result = adapt(lambda step, loss: times.append(self.now()))
+        result = adapt(lambda step, loss: times.append(time.perf_counter()))
         whole = self.now() - begin
         between = [(b - a) * 1e3 for a, b in pairwise(times)]
         row = {

@@ -146,11 +146,14 @@ def continue_clip(
 
     def on_step(step: int, loss: float) -> None:
         progress("adapt", step + 1, adapter.steps)
+        take = snapshots.get(step + 1) if snapshots and step + 1 < adapter.steps else None
+        if not (observer or take):
+            return  # the clock would wait for the device, which has work beyond this step
         with clock.paused():
             if observer:
                 with watched.running():
                     observer.step(step + 1)
-            if snapshots and step + 1 < adapter.steps and (take := snapshots.get(step + 1)):
+            if take:
                 take(finished(deepcopy(adapter.trace)))
 
     kept = False

@@ -94,14 +94,14 @@ def _step_kernel(
     """One chunk's step. addresses: [n, 4], of master, moments and weight; OWN: a weight is its own master."""
     tensor, start, size = _place(chunks_ptr, sizes_ptr, CHUNK)
     address = tl.load(grads_ptr + tensor)
-    if address != 0:
+    divisor = tl.load(divisor_ptr)
+    if (address != 0) & (divisor > 0):
         grad_ptr = _pointer(address, DTYPE, ALIGNED)
         row = addresses_ptr + 4 * tensor
         master_ptr = _pointer(tl.load(row), tl.float32, ALIGNED)
         first_ptr = _pointer(tl.load(row + 1), tl.float32, ALIGNED)
         second_ptr = _pointer(tl.load(row + 2), tl.float32, ALIGNED)
         weight_ptr = _pointer(tl.load(row + 3), DTYPE, ALIGNED)
-        divisor = tl.load(divisor_ptr)
         step, root = tl.load(corrections_ptr + 2 * tensor), tl.load(corrections_ptr + 2 * tensor + 1)
         if start + CHUNK <= size:  # without a mask the loads are wide
             for block in range(0, CHUNK, BLOCK):
@@ -231,14 +231,16 @@ def gradient_norm(state: AdamWState) -> Tensor:
 
 
 def adamw_step(state: AdamWState, divisor: Tensor, rates: Rates) -> None:
-    """One step on the gradients that `point` named, each divided by `divisor` (a float32 scalar on the device), in place.
+    """One step on the gradients that `point` named, each divided by `divisor` (a float32 scalar on the device), in place. A divisor
+    of NaN leaves all as it is: a step that must not be taken.
 
     What the host knows of the step are numbers that compile nothing anew; nothing is asked of the device.
     """
     assert state.held is not None, "say where the gradients of this step lie"
     lr, (beta1, beta2), eps, decay = rates
+    taken = (divisor > 0).double()
     for group in state.groups:
-        group.counts += group.given
+        group.counts += group.given * taken
         corrections = torch.stack([lr / (1 - beta1**group.counts), (1 - beta2**group.counts).sqrt()], 1).float()
         _step_kernel[(len(group.chunks),)](
             group.chunks, group.sizes, group.addresses, group.grads, corrections, divisor,

@@ -1,7 +1,8 @@
 """Three ways of one AdamW step on float32 masters, and which is taken: torch's, torch's fused kernel, and one Triton kernel.
 
 Each has `gradient_norm()` of what `backward` left in the parameters' `.grad`, then `step(norm, lr)`, which clips by that norm,
-steps, sets the network's weights and drops the gradients. Moments start from zero.
+steps, sets the network's weights and drops the gradients. Where the norm is not finite the step leaves weights, masters and moments as
+they are; the fused ways see that on the device, so that the host need not wait for it. Moments start from zero.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -49,8 +50,9 @@ def stepper(
 
 
 def clip_divisor(norm: Tensor, settings: "AdamW") -> Tensor:
-    """What gradients are divided by: clip_grad_norm_'s rule, without a pass of its own."""
-    return (norm + 1e-6).div(settings.gradient_clip).clamp(min=1.0) if settings.gradient_clip else torch.ones_like(norm)
+    """What gradients are divided by: clip_grad_norm_'s rule, without a pass of its own; NaN where the norm is not finite."""
+    divisor = (norm + 1e-6).div(settings.gradient_clip or torch.inf).clamp(min=1.0)
+    return torch.where(norm.isfinite(), divisor, torch.nan)
 
 
 class PlainAdamW:
@@ -71,13 +73,14 @@ class PlainAdamW:
 
     def step(self, norm: Tensor, lr: float) -> None:
         """Clip, step, and set the network's weights."""
-        if self.settings.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.tensors, self.settings.gradient_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        if self.penalties:
-            self.penalties.step(self.masters.tensors, lr)
+        if norm.isfinite():
+            if self.settings.gradient_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.masters.tensors, self.settings.gradient_clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self.penalties:
+                self.penalties.step(self.masters.tensors, lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
 
@@ -101,14 +104,14 @@ class FusedAdamW:
     @torch.no_grad()
     def step(self, norm: Tensor, lr: float) -> None:
         s, m = self.settings, self.masters
-        divisor = clip_divisor(norm, s)
+        divisor, harmful = clip_divisor(norm, s), (~norm.isfinite()).float()
         for group in self._groups():
             parameters, masters = [m.parameters[i] for i in group], [m.tensors[i].detach() for i in group]
             torch._fused_adamw_(
                 masters, [p.grad.float() for p in parameters if p.grad is not None],
-                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group),
+                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group, 1 - harmful),
                 lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
-                amsgrad=False, maximize=False, grad_scale=divisor, found_inf=None,
+                amsgrad=False, maximize=False, grad_scale=divisor, found_inf=harmful,
             )  # fmt: skip
             torch.autograd.graph.increment_version(
                 masters
@@ -117,9 +120,9 @@ class FusedAdamW:
                 parameter.grad = None
         m.publish()
 
-    def _counted(self, group: list[int]) -> list[Tensor]:
+    def _counted(self, group: list[int], taken: Tensor) -> list[Tensor]:
         counts = [self.count[i] for i in group]
-        torch._foreach_add_(counts, 1)
+        torch._foreach_add_(counts, taken)
         return counts
 
     def _groups(self) -> Iterator[list[int]]:

@@ -76,8 +76,8 @@ class FullAdapter:
             trace=self.trace,
         )
 
-    def _descend(self, task: Task) -> Callable[[int], Tensor] | None:
-        """A step's loss and gradients, recorded; None where steps are launched one by one."""
+    def _descend(self, task: Task) -> Callable[[int], Callable[[], Tensor]] | None:
+        """What asks for a step's loss and gradients, recorded; None where steps are launched one by one."""
         if not records(self.model, "training"):
             self.recorded = None
             return None

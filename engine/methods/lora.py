@@ -166,7 +166,7 @@ class LoRAAdapter:
         prefix, loss = self._computations(task)
         prefixes: dict[int, list[Tensor]] = {}
 
-        def of_step(step: int) -> Tensor:
+        def inputs(step: int) -> list[Tensor]:
             draw, before = task.draw(step), []
             if prefix:
                 assert task.settings.draws != "fresh"
@@ -174,15 +174,15 @@ class LoRAAdapter:
                 if k not in prefixes:
                     prefixes[k] = [tensor.clone() for tensor in prefix(*draw, *clip)]  # the next draw's may lie there
                 before = prefixes[k]
-            return loss(*draw, *before, *clip)
+            return [*draw, *before, *clip]
 
-        self.trace = Trace()
+        recorded, self.trace = self.recorded, Trace()
         zeros = [torch.zeros_like(adapter.B) for adapter in self.adapters.values()]
         return optimize(
             self.masters,
             self.settings,
-            of_step,
-            descend=of_step if isinstance(loss, RecordedLoss) else None,
+            lambda step: loss(*inputs(step)),
+            descend=None if recorded is None else lambda step: recorded(*inputs(step)),
             zero_loss=lambda step: task.zero_loss(task.draw(step)),
             ahead=task.draw,
             start=[tensor for pair in zip(self.start_A, zeros, strict=True) for tensor in pair],
@@ -194,7 +194,7 @@ class LoRAAdapter:
 
     def _computations(self, task: Task) -> tuple[Callable[..., Any] | None, Callable[..., Tensor]]:
         """What runs before the first adapted layer, where that is kept, and the loss from there on, as functions of a draw and a clip
-        alone: where they are recorded, this task's serve for every clip to come."""
+        alone: where they are recorded (the loss as `self.recorded`), this task's serve for every clip to come."""
         layers = len(self.model.layers)
         cut, kept = (self.cut, len(Embedded._fields)) if self.prefixed else (0, 0)
 
@@ -222,7 +222,7 @@ class LoRAAdapter:
             self.recorded = self.recorded or RecordedLoss(self.masters.parameters, loss, CAPTION_LENGTHS)
         else:
             self.recorded = None
-        return (self.recorded_prefix or prefix) if self.prefixed else None, self.recorded or loss
+        return (self.recorded_prefix or prefix) if self.prefixed else None, loss
 
     @torch.no_grad()
     def change(self) -> Change:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.paths import MethodPath
+from ..transfer import on_its_way
 from .adamw import PlainAdamW, stepper
 from .parts import BestStep, Fisher, Parts, Penalties
 
@@ -118,7 +119,7 @@ def optimize(
     *,
     zero_loss: Callable[[int], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
-    descend: Callable[[int], Tensor] | None = None,
+    descend: Callable[[int], Callable[[], Tensor]] | None = None,
     ahead: Callable[[int], object] = lambda step: None,
     start: Sequence[Tensor] = (),
     fisher: Fisher | None = None,
@@ -128,8 +129,9 @@ def optimize(
 ) -> Trace:
     """Take `settings.steps` steps on loss(step) + penalty(); the optimizer's moments start from zero.
 
-    descend(step), where given, takes the place of computing loss(step) and its gradients (recorded_loss.py).
-    ahead(step) may prepare a step while the device works on the one before. start, fisher: the unadapted masters and what EWC
+    descend(step), where given, takes the place of computing loss(step) and its gradients (recorded_loss.py): it asks the device for
+    them, which is done a step ahead, and what it returns takes them. ahead(step) may prepare a step while the device works on the one
+    before. start, fisher: the unadapted masters and what EWC
     weighs by, for the settings' penalties; held_out: the loss that early stopping looks at. on_step(step, loss) runs after each
     step and may raise to stop; the weights in force are then the step's, and `trace` (given to be read there, and returned) says
     what has been done. Raises FloatingPointError at a loss that is not finite.
@@ -143,30 +145,34 @@ def optimize(
         assert held_out is not None, "early stopping needs a held-out loss"
         best = BestStep(settings.early_stopping, held_out, masters.tensors)
         trace.held_out = best.losses
+    take = descend(0) if descend is not None else None
     try:
         for step in range(settings.steps):
-            if descend is not None:
-                value = descend(step)
+            if take is not None:
+                value = take()
             else:
                 value = loss(step)
                 (value if penalty is None else value + penalty()).backward()
             norm = optimizer.gradient_norm()
-            zero = None if zero_loss is None else zero_loss(step)
+            numbers = [value, norm] if zero_loss is None else [value, norm, zero_loss(step)]
+            read = on_its_way(numbers)
+            # The device is given its next work before the host waits for this step's numbers. A loss that is not finite makes the
+            # norm NaN, and then no step is taken.
+            optimizer.step(norm + 0 * value.detach(), settings.lr * settings.rate(step, settings.steps))
             if step + 1 < settings.steps:
                 ahead(step + 1)
-            number = value.item()
-            if not (isfinite(number) and isfinite(norm.item())):
+                take = descend(step + 1) if descend is not None else None
+            number, length, *zero = read()
+            if not (isfinite(number) and isfinite(length)):
                 raise FloatingPointError(
                     f"the loss or its gradient is not finite at step {step}; a smaller lr may help"
                 )
-            optimizer.step(norm, settings.lr * settings.rate(step, settings.steps))
             if isinstance(optimizer, PlainAdamW) and penalties:
                 trace.penalties.append(optimizer.penalty)
             trace.steps += 1
             trace.losses.append(number)
-            trace.gradient_norms.append(norm.item())
-            if zero is not None:
-                trace.zero_losses.append(zero.item())
+            trace.gradient_norms.append(length)
+            trace.zero_losses += zero
             on_step(step, number)
             if best and best.look(step + 1):
                 break

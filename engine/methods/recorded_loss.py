@@ -13,7 +13,7 @@ from ..recorded import Records
 
 
 class RecordedLoss:
-    """loss(*inputs) and its gradients in the parameters' `.grad`; lives as long as its method is attached.
+    """loss(*inputs) and its gradients; lives as long as its method is attached.
 
     inputs: all that differs from step to step and from clip to clip. parameters: what the loss is descended in, in storage that
     stays where it is. limit: see `Records`.
@@ -31,9 +31,16 @@ class RecordedLoss:
 
         self.records = Records(descend, limit)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The loss, detached."""
+    def __call__(self, *inputs: Tensor) -> Callable[[], Tensor]:
+        """Ask the device for the loss and its gradients, and wait for nothing. What is returned lays the gradients in the parameters'
+        `.grad` and gives the loss, detached; until the next call."""
         value, *gradients = self.records(*inputs)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return value
+        for parameter in self.parameters:
+            parameter.grad = None
+
+        def take() -> Tensor:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return value
+
+        return take

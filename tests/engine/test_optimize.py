@@ -136,9 +136,10 @@ def test_moments_start_from_zero(dtype):
     assert step.median().item() == pytest.approx(1e-3, rel=1e-4)
 
 
+@pytest.mark.parametrize("path", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["both", "loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, dtype):
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, dtype, path):
     settings = AdamW(steps=5, lr=1e-2)
 
     def loss(weights: list[nn.Parameter], step: int) -> Tensor:
@@ -152,7 +153,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, d
         }[kind]
 
     (weight,) = parameters(dtype)
-    masters, steps = Masters([weight]), []
+    masters, steps = Masters([weight], path=path), []
     with pytest.raises(
         FloatingPointError, match=r"^the loss or its gradient is not finite at step 2; a smaller lr may help$"
     ):
@@ -160,7 +161,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_it_does_harm(kind, d
     assert steps == [0, 1]
     assert weight.grad is None and masters.tensors[0].grad is None
     (other,) = parameters(dtype)
-    optimize(Masters([other]), AdamW(steps=2, lr=1e-2), lambda step: linear_loss([other], step))
+    optimize(Masters([other], path=path), AdamW(steps=2, lr=1e-2), lambda step: linear_loss([other], step))
     assert torch.equal(weight, other)
 
 
@@ -209,6 +210,49 @@ def test_on_step_follows_every_step_and_may_stop(dtype):
         optimize(masters, AdamW(steps=9), lambda step: linear_loss([weight], step), on_step=on_step)
     assert [step for step, _ in calls] == [0, 1, 2]
     assert weight.grad is None and masters.tensors[0].grad is None
+
+
+def test_a_step_is_asked_for_before_the_last_ones_numbers_are_read(monkeypatch):
+    """So the device does not wait for the host. The weights in force in on_step are still those of its step: what was asked for
+    changes none."""
+    (weight,), (other,) = parameters(torch.float32), parameters(torch.float32)
+    after, events = [], []
+
+    def descend(step: int):
+        events.append(f"ask {step}")
+        gradient = gradients(step, 1)[0].float()
+        value = (weight.detach() * gradient).sum()
+
+        def take() -> Tensor:
+            events.append(f"take {step}")
+            weight.grad = gradient
+            return value
+
+        return take
+
+    def read(numbers):
+        values = [number.item() for number in numbers]
+        return lambda: events.append("read") or values
+
+    monkeypatch.setattr("vidtta.engine.methods.optimize.on_its_way", read)
+
+    def on_step(step: int, loss: float) -> None:
+        events.append(f"on_step {step}")
+        assert weight.grad is None and torch.equal(weight, after[step])
+
+    def launched(step: int) -> Tensor:
+        return linear_loss([other], step)
+
+    settings = AdamW(steps=3, lr=1e-2)
+    truth = optimize(
+        Masters([other]), settings, launched, on_step=lambda step, loss: after.append(other.detach().clone())
+    )
+    events.clear()
+    trace = optimize(Masters([weight]), settings, launched, descend=descend, on_step=on_step)
+    assert events == [
+        "ask 0", "take 0", "ask 1", "read", "on_step 0", "take 1", "ask 2", "read", "on_step 1", "take 2", "read", "on_step 2",
+    ]  # fmt: skip
+    assert torch.equal(weight, other) and trace.losses == pytest.approx(truth.losses)
 
 
 def test_trace_holds_each_step():

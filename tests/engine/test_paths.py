@@ -107,6 +107,32 @@ def test_every_way_of_steps_is_adamw(clip: float, dtype: torch.dtype, kind: type
         torch.testing.assert_close(plain, fast, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [PlainAdamW, FusedAdamW, OnePassAdamW])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("norm", [torch.nan, torch.inf])
+def test_no_way_steps_where_the_norm_is_not_finite(kind: type, clip: float, norm: float):
+    """Neither then nor later: the next step is the one that would have been taken."""
+    found = []
+    for harm in (False, True):
+        parameters = [nn.Parameter(noise(i, 3, 5).to(DEVICE, dtype)) for i, dtype in enumerate((torch.float32, SIXTEEN))]
+        optimizer = kind(Masters(parameters), FullFineTuning(lr=1e-2, weight_decay=0.1, gradient_clip=clip))
+        for step in range(3):
+            for i, parameter in enumerate(parameters):
+                parameter.grad = noise(10 * step + i + 50, *parameter.shape).to(DEVICE, parameter.dtype)
+            length = optimizer.gradient_norm()
+            if step == 1 and harm:
+                parameters[0].grad = torch.full_like(parameters[0], norm)
+                optimizer.gradient_norm()
+                before = [t.clone() for t in (*parameters, *optimizer.masters.tensors)]
+                optimizer.step(torch.full_like(length, norm), 1e-2)
+                assert all(map(torch.equal, before, (*parameters, *optimizer.masters.tensors)))
+            elif step != 1:
+                optimizer.step(length, 1e-2)
+            assert step == 1 or all(p.grad is None for p in parameters)
+        found.append([t.detach() for t in (*parameters, *optimizer.masters.tensors)])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the way of steps on a GPU needs one")
 def test_on_a_gpu_steps_are_one_kernel():
     masters = Masters([nn.Parameter(torch.zeros(3, device="cuda"))], path="triton")

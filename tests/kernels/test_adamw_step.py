@@ -140,6 +140,19 @@ def test_gradients_are_divided_before_anything_else(dtype):
     assert_is_adamw(kept)
 
 
+@every_dtype
+def test_a_divisor_of_nan_leaves_all_as_it_is(dtype):
+    """Moments and counts too: the steps after it are those that would have been taken without it."""
+    kept = Kept(SHAPES, [dtype] * len(SHAPES))
+    kept.step(kept.gradients(0))
+    before = [t.clone() for t in kept.tensors()]
+    kept.step(kept.gradients(1), divisor=torch.nan)
+    assert all(torch.equal(now, then) for now, then in zip(kept.tensors(), before, strict=True))
+    kept.grads.pop()
+    kept.step(kept.gradients(2))
+    assert_is_adamw(kept)
+
+
 def test_gradients_may_move_be_strided_or_lie_askew():
     """Addresses are read anew; a transposed gradient is copied; one that is not on 16 bytes is read in narrow loads."""
     kept, other = (Kept([(37, 64), (1023,)], [torch.float32] * 2) for _ in range(2))
