@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .column_sums import column_sums
 from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, padded_rank
-from .lora_linear import outer_product, skinny_product
+from .lora_linear import outer_product, scaled_up, skinny_product
 from .quantize_rows import LARGEST, SMALLEST, padded, row_scale
 from .windows import WINDOW, Grid, ungroup_windows, window_row
 
@@ -233,7 +233,7 @@ class _LoRAGateResidual(torch.autograd.Function):
         windows: Grid | None,
     ) -> Tensor:  # fmt: skip
         x, gate, rows = x.contiguous(), gate.contiguous(), a.flatten(0, 1).contiguous()
-        low, high = down.to(x.dtype), (scale * up).to(x.dtype).contiguous()
+        low, high = down.to(x.dtype), scaled_up(up, scale, x.dtype)
         h = F.linear(rows, weight, bias)
         z = skinny_product(rows, low.T)
         ctx.save_for_backward(rows, weight, low, high, z, gate, h if ctx.needs_input_grad[7] else None)
@@ -247,10 +247,11 @@ class _LoRAGateResidual(torch.autograd.Function):
         rank, R = low.shape[0], z.shape[1]
         dh, dgate = _backward(dout.contiguous(), h, gate, z, high, ctx.windows)
         dh = dh.flatten(0, 1)
-        stacked = torch.cat([weight, F.pad(low, (0, 0, 0, R - rank))])  # [D + R, K]
+        low = low if R == rank else F.pad(low, (0, 0, 0, R - rank))  # which copies even for nothing
+        stacked = torch.cat([weight, low])  # [D + R, K]
         da = (dh @ stacked).view(B, N, -1) if ctx.needs_input_grad[1] else None
         ddown = outer_product(rows, dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
-        dup = (ctx.scale * outer_product(dh[:, :D], z)[:, :rank]).to(ctx.dtypes[1])
+        dup = outer_product(dh[:, :D], z, ctx.scale)[:, :rank].to(ctx.dtypes[1])
         return dout, da, None, None, ddown, dup, None, dgate, None
 
 
@@ -346,5 +347,5 @@ def lora_gate_residual_quantized(
     _check_projection(name, x_BND, a_BNK, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
     rows, low = a_BNK.flatten(0, 1).contiguous(), down_rK.to(x_BND.dtype)
     h, z = F.linear(rows, weight_DK, bias_D), skinny_product(rows, low.T)
-    high, grid = (scale * up_Dr).to(x_BND.dtype).contiguous(), None if windows is None else list(windows)
+    high, grid = scaled_up(up_Dr.detach(), scale, x_BND.dtype), None if windows is None else list(windows)
     return _quantized(x_BND.contiguous(), h, gate_B1D.contiguous(), z, high, grid, multiple)

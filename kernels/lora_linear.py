@@ -88,10 +88,10 @@ def _product_kernel(
 
 @jit
 def _outer_kernel(
-    x_ptr, z_ptr, out_ptr, M, D, STRIDE_X, STRIDE_Z, rows_each,
+    x_ptr, z_ptr, out_ptr, M, D, STRIDE_X, STRIDE_Z, rows_each, factor,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Part of sum over m of x[m, d] z[m, r], [D, R], over `rows_each` rows."""
+    """Part of factor * sum over m of x[m, d] z[m, r], [D, R], over `rows_each` rows."""
     split = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, R)
@@ -101,7 +101,7 @@ def _outer_kernel(
         x = tl.load(x_ptr + m[:, None] * STRIDE_X + d, mask=(m[:, None] < M) & (d < D), other=0.0)
         z = tl.load(z_ptr + m[:, None] * STRIDE_Z + r, mask=m[:, None] < M, other=0.0)
         total += tl.dot(tl.trans(x), z, input_precision="ieee")
-    tl.store(out_ptr + (split * D + d[:, None]).to(tl.int64) * R + r, total, mask=d[:, None] < D)
+    tl.store(out_ptr + (split * D + d[:, None]).to(tl.int64) * R + r, factor * total, mask=d[:, None] < D)
 
 
 def skinny_product(x_MK: Tensor, w_Kr: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ def two_term_product(x_MK: Tensor, w_KN: Tensor, z_MR: Tensor, low_rN: Tensor, b
     return out
 
 
-def outer_product(x_MD: Tensor, z_MR: Tensor) -> Tensor:
-    """x^T z, [D, R] in float32. x and z may be column slices of wider rows."""
+def outer_product(x_MD: Tensor, z_MR: Tensor, factor: float = 1.0) -> Tensor:
+    """factor * x^T z, [D, R] in float32. x and z may be column slices of wider rows."""
     M, D = x_MD.shape
     R = z_MR.shape[1]
     blocks = {"BLOCK_M": 64, "BLOCK_D": block_for(D, 128), "num_warps": 4}
@@ -146,15 +146,22 @@ def outer_product(x_MD: Tensor, z_MR: Tensor) -> Tensor:
     splits = splits_for(M, across, blocks["BLOCK_M"])
     rows_each = cdiv(cdiv(M, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     parts = x_MD.new_empty(splits, D, R, dtype=torch.float32)
-    _outer_kernel[(across, splits)](x_MD, z_MR, parts, M, D, x_MD.stride(0), z_MR.stride(0), rows_each, R=R, **blocks)
+    _outer_kernel[(across, splits)](
+        x_MD, z_MR, parts, M, D, x_MD.stride(0), z_MR.stride(0), rows_each, float(factor), R=R, **blocks
+    )
     return column_sums(parts.flatten(1)).view(D, R)
+
+
+def scaled_up(up_Nr: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s B in a dtype, contiguous; one pass over it."""
+    return torch.mul(up_Nr, scale, out=torch.empty(up_Nr.shape, dtype=dtype, device=up_Nr.device))
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         rows = x.flatten(0, -2).contiguous()
-        a, b = down.to(x.dtype), (scale * up).to(x.dtype)
+        a, b = down.to(x.dtype), scaled_up(up, scale, x.dtype)
         z = skinny_product(rows, a.T)
         ctx.save_for_backward(rows, weight, a, b, z)
         ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down.dtype, up.dtype)
@@ -168,7 +175,7 @@ class _LoRALinear(torch.autograd.Function):
         dx = two_term_product(dy, weight, dz, a, None).view(ctx.shape) if ctx.needs_input_grad[0] else None
         rank = a.shape[0]
         ddown = outer_product(rows, dz)[:, :rank].T.to(ctx.dtypes[0])
-        dup = (ctx.scale * outer_product(dy, z)[:, :rank]).to(ctx.dtypes[1])
+        dup = outer_product(dy, z, ctx.scale)[:, :rank].to(ctx.dtypes[1])
         return dx, None, None, ddown, dup, None
 
 
@@ -186,7 +193,7 @@ class _LoRALinearExtended(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1]).contiguous()
         dx = (dy @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         rank, dtype = ctx.up
-        dup = (ctx.scale * outer_product(dy, z)[:, :rank]).to(dtype)
+        dup = outer_product(dy, z, ctx.scale)[:, :rank].to(dtype)
         return dx, None, None, dup, None, None
 
 
