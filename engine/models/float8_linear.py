@@ -1,4 +1,4 @@
-"""A linear layer in float8: e4m3 rows times e4m3 output channels, summed in float32, scaled and rounded once to x's dtype.
+"""A linear layer in float8: e4m3 rows times e4m3 output channels, summed, scaled and rounded once to x's dtype.
 
 On a GPU the library's product with a scale a row (torch._scaled_mm) of x's rows: where the kernel before the layer wrote them in float8
 they are given, else one pass quantises x, or its GELU (kernels/quantize_rows.py); elsewhere a reference that quantises, dequantises and
@@ -20,8 +20,9 @@ from ...kernels.common import check
 from ...kernels.quantize_rows import dequantized, padded, quantize_rows, quantize_rows_reference
 
 MULTIPLE = 16  # of both widths, as the library's product needs
-FAST_ACCUMULATION = False
-"""Whether sums stay in the tensor cores' shorter accumulators; off, they are carried to float32 every 128 terms."""
+FAST_ACCUMULATION = True
+"""Whether sums stay in the tensor cores' accumulators, which are shorter than float32; off, they are carried to float32 every 128
+terms. What that loses is far below what rounding to e4m3 does: no distance of the bench changes by it in the fourth digit."""
 
 
 def product_reference(rows: Tensor, row_scales: Tensor, values: Tensor, scales: Tensor, bias: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ def test_no_way_steps_where_the_norm_is_not_finite(kind: type, clip: float, norm
     """Neither then nor later: the next step is the one that would have been taken."""
     found = []
     for harm in (False, True):
-        parameters = [nn.Parameter(noise(i, 3, 5).to(DEVICE, dtype)) for i, dtype in enumerate((torch.float32, SIXTEEN))]
+        parameters = [
+            nn.Parameter(noise(i, 3, 5).to(DEVICE, dtype)) for i, dtype in enumerate((torch.float32, SIXTEEN))
+        ]
         optimizer = kind(Masters(parameters), FullFineTuning(lr=1e-2, weight_decay=0.1, gradient_clip=clip))
         for step in range(3):
             for i, parameter in enumerate(parameters):

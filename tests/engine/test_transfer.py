@@ -12,7 +12,10 @@ DEVICES = [
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_are_those_of_when_they_were_asked_for(device):
-    loss, norm = torch.tensor(0.1, device=device), torch.tensor(3.0, dtype=torch.bfloat16, device=device, requires_grad=True)
+    loss, norm = (
+        torch.tensor(0.1, device=device),
+        torch.tensor(3.0, dtype=torch.bfloat16, device=device, requires_grad=True),
+    )
     read = on_its_way([loss, norm])
     loss.fill_(7.0)
     assert read() == [torch.tensor(0.1).item(), 3.0]

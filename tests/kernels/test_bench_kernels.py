@@ -47,6 +47,24 @@ def test_a_wrong_kernel_gets_an_error_and_no_time():
 
 
 @on_cpu
+def test_a_result_without_columns_is_no_error():
+    """As a norm's projection of rank 0 is; in bench's operations that the interpreter leaves out."""
+    case = case_of("norm_modulate")
+
+    def with_nothing(function):
+        return lambda *t: (function(*t), t[0].detach()[..., :0])
+
+    impls = {
+        "triton": with_nothing(case.impls["triton"]),
+        "more": lambda *t: (case.reference(*t), t[0].detach()[..., :1]),
+    }
+    found = dataclasses.replace(case, reference=with_nothing(case.reference), impls=impls, trained=())
+    rows = {row["impl"]: row for row in rows_of(found)}
+    assert "error" not in rows["eager"] | rows["triton"], (rows["eager"], rows["triton"])
+    assert "should be" in rows["more"]["error"]
+
+
+@on_cpu
 def test_a_wrong_gradient_is_found():
     case = case_of("norm_modulate")
     rows = rows_of(
