@@ -233,9 +233,13 @@ def rope_cases(s: Sizes) -> Iterator[Case]:
             def ours(*t: Tensor, windows: Grid | None = windows):
                 return qk_norm_rope.qk_norm_rope(*t, windows=windows)
 
+            def from_results(*t: Tensor, windows: Grid | None = windows):
+                return qk_norm_rope.qk_norm_rope(*t, windows=windows, results=True)
+
             moved = 2 * 3 * B * N * D
             yield Case(
-                f"qk_norm_rope {'windows' if windows else 'frames'}", name, make, reference, {"triton": ours},
+                f"qk_norm_rope {'windows' if windows else 'frames'}", name, make, reference,
+                {"triton": ours, "triton, projection not kept": from_results},
                 (2 * moved, 0), (0,), (3 * moved - 2 * B * N * D, 0),
                 variants=tuple((qk_norm_rope, {"BLOCK": n}) for n in (16, 64)),
             )  # fmt: skip

@@ -247,7 +247,7 @@ class _LoRAGateResidual(torch.autograd.Function):
         rank, R = low.shape[0], z.shape[1]
         dh, dgate = _backward(dout.contiguous(), h, gate, z, high, ctx.windows)
         dh = dh.flatten(0, 1)
-        low = low if R == rank else F.pad(low, (0, 0, 0, R - rank))  # which copies even for nothing
+        low = low if rank == R else F.pad(low, (0, 0, 0, R - rank))  # which copies even for nothing
         stacked = torch.cat([weight, low])  # [D + R, K]
         da = (dh @ stacked).view(B, N, -1) if ctx.needs_input_grad[1] else None
         ddown = outer_product(rows, dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])

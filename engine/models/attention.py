@@ -57,6 +57,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.windowed = windowed
+        self.turns_back = False
+        """Whether the kernels' backward may do with the rotated queries and keys (kernels/qk_norm_rope.py); `use_paths` says."""
         self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // heads)
         self.k_norm = RMSNorm(dim // heads)

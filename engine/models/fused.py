@@ -126,12 +126,13 @@ def _self_attention(
 ) -> Tensor:
     """[B, N, D]; with a grid its rows are grouped by window."""
     B, N = qkv_BNE.shape[:2]
-    weights = attn.q_norm.weight, attn.k_norm.weight
+    weights, eps = (attn.q_norm.weight, attn.k_norm.weight), attn.q_norm.eps
+    results = attn.turns_back and not any(weight.requires_grad for weight in weights)
     if grid is None:
-        rows = qk_norm_rope(qkv_BNE, *weights, geometry.spatial_cos, geometry.spatial_sin, None, attn.q_norm.eps)
+        rows = qk_norm_rope(qkv_BNE, *weights, geometry.spatial_cos, geometry.spatial_sin, None, eps, results)
         q, k, v = (t.unflatten(0, (B * geometry.frames, geometry.tokens_per_frame)) for t in rows)
         return attend(q, k, v, backend=backends.frames).reshape(B, N, -1)
-    rows = qk_norm_rope(qkv_BNE, *weights, geometry.window_cos, geometry.window_sin, grid, attn.q_norm.eps)
+    rows = qk_norm_rope(qkv_BNE, *weights, geometry.window_cos, geometry.window_sin, grid, eps, results)
     regions = zip(*(split_windows(t, B, grid) for t in rows), strict=True)
     parts = [
         attend(q, k, v, backend=name).flatten(0, 1) for (q, k, v), name in zip(regions, backends.windows, strict=False)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import Choice, self_attention_shapes
+from ...kernels.qk_norm_rope import turns_back
 from ...kernels.windows import Grid
 from .again import Again
-from .attention import DEFAULT, Backends, TextStates
+from .attention import DEFAULT, Backends, SelfAttention, TextStates
 from .geometry import Geometry
 from .linear_gelu import linear_gelu
 from .stdit3 import Layer, Mlp, STDiT3
@@ -135,7 +136,11 @@ AnyPaths = Paths | PathsByWork
 def use_paths(model: STDiT3, paths: AnyPaths | None) -> None:
     """Compute the layers of a network this way from now on; None is the plain path."""
     model.paths = paths
+    training = paths.training if isinstance(paths, PathsByWork) else paths
+    kernels = training is not None and training.kernels == "triton"
     for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.turns_back = kernels and turns_back(module.q_norm.weight, module.k_norm.weight)
         if isinstance(module, Mlp):
             module.first = linear_gelu if paths is not None and paths.gelu_in_product else None
 

@@ -39,12 +39,13 @@ def take(graph: Any, inputs: Any) -> Any:
     raise Split(next(node for node in graph.graph.nodes if node.op == "output").args[0][1:])
 
 
-def kept(method: str, windowed: bool, remade: tuple[str, ...]) -> dict[str, float]:
+def kept(method: str, windowed: bool, remade: tuple[str, ...], turned: bool) -> dict[str, float]:
     """Widths a token of each tensor that has at least a tenth of one, by the name of its node."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = STDiT3(CONFIG).bfloat16().requires_grad_(method == "full")
     layer: Any = (model.temporal_blocks if windowed else model.spatial_blocks)[0]
+    layer.attn.turns_back = turned
     if method == "lora":
         for name in ("qkv", "proj"):
             adapter = LoRALinear(getattr(layer.attn, name), 3, 3.0)
@@ -82,6 +83,6 @@ if __name__ == "__main__":
     common.INTERPRETED = True  # lets tensors on the CPU through; no launch happens
     torch.utils._triton.has_triton = lambda *_: True
     for method in ("full", "lora"):
-        for remade in ((), ("rotation", "hidden")):
-            row = {"method": method, "remade": remade, "kept": kept(method, windowed=True, remade=remade)}
-            print(json.dumps(row), flush=True)
+        for remade, turned in (((), False), (("rotation", "hidden"), False), ((), True)):
+            found = kept(method, windowed=True, remade=remade, turned=turned)
+            print(json.dumps({"method": method, "remade": remade, "turned": turned, "kept": found}), flush=True)

@@ -14,7 +14,7 @@ from vidtta.engine.methods.lora import LoRA
 from vidtta.engine.methods.optimize import Masters
 from vidtta.engine.methods.parts import L2ToStart
 from vidtta.engine.models.lora_linear import LoRALinear
-from vidtta.engine.models.paths import Paths, use_paths
+from vidtta.engine.models.paths import Paths, PathsByWork, use_paths
 from vidtta.engine.models.rule_weights import fill_by_rule
 from vidtta.engine.models.stdit3 import Caption, Condition, STDiT3
 from vidtta.engine.models.vae import VAE, VAEConfig
@@ -133,6 +133,18 @@ def test_no_way_steps_where_the_norm_is_not_finite(kind: type, clip: float, norm
             assert step == 1 or all(p.grad is None for p in parameters)
         found.append([t.detach() for t in (*parameters, *optimizer.masters.tensors)])
     assert all(map(torch.equal, *found))
+
+
+def test_rotated_rows_are_turned_back_where_training_runs_on_the_kernels_and_the_norms_allow_it():
+    model, triton = tiny_dit(depth=1), Paths(kernels="triton")
+    by_work = PathsByWork(training=triton, features=None, sampling=None, features_tokens=1, methods="plain")
+    for paths, turned in ((triton, True), (by_work, True), (Paths(), False), (None, False)):
+        use_paths(model, paths)
+        assert [layer.attn.turns_back for layer in model.layers] == [turned] * 2
+    with torch.no_grad():
+        model.layers[1].attn.k_norm.weight[0] = 0
+    use_paths(model, triton)
+    assert [layer.attn.turns_back for layer in model.layers] == [True, False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the way of steps on a GPU needs one")

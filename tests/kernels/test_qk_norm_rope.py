@@ -6,7 +6,7 @@ from torch import Tensor
 from vidtta.engine.models.attention import SelfAttention, attend, windowed_attention
 from vidtta.engine.models.geometry import build_geometry
 from vidtta.engine.models.rope import Rope
-from vidtta.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from vidtta.kernels.qk_norm_rope import LARGEST_RATIO, qk_norm_rope, qk_norm_rope_reference, turns_back
 from vidtta.kernels.windows import Grid, split_windows, ungroup_windows
 
 from tests.kernels.accuracy import DEVICE, DTYPES, check, every_dtype, every_mode, rand
@@ -50,6 +50,52 @@ def test_qk_norm_rope(case, windowed, dtype, mode):
 
     douts = [rand(B * grid.tokens, H, d, dtype=dtype, seed=s) for s in (4, 5, 6)]
     check(ours, reference, tensors(case, dtype), trained=[0, 1, 2], douts=douts, mode=mode)
+
+
+@every_mode
+@every_dtype
+@pytest.mark.parametrize("windowed", [False, True], ids=["frames", "windows"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_gradient_may_come_from_the_results(case, windowed, dtype, mode):
+    """Turned back by rounded tables; weights of a pair as far apart as is allowed."""
+    B, H, d, grid = case
+    windows, inputs = grid if windowed else None, tensors(case, dtype)
+    for weight in inputs[1:3]:
+        weight[::2] = weight[::2].sign() * weight[1::2].abs() * LARGEST_RATIO
+    assert turns_back(*inputs[1:3])
+
+    def ours(*args: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_rope(*args, windows=windows, results=True)
+
+    def reference(*args: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_rope_reference(*args, windows=windows)
+
+    douts = [rand(B * grid.tokens, H, d, dtype=dtype, seed=s) for s in (4, 5, 6)]
+    check(ours, reference, inputs, trained=[0], douts=douts, mode=mode)
+
+
+def test_the_projection_is_not_kept_then():
+    inputs = tensors(CASES[1], torch.float32)
+    kept: dict[bool, list[int]] = {}
+    for results in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, results=results: kept.setdefault(results, []).append(t.numel()) or t, lambda t: t
+        ):
+            qk_norm_rope(inputs[0].requires_grad_(), *inputs[1:], results=results)
+    projection = inputs[0].numel()
+    assert projection in kept[False] and projection not in kept[True]
+    assert kept[True].count(projection // 3) == 2
+
+
+def test_weights_that_would_make_rounding_large_are_told():
+    even, odd = torch.ones(6), torch.ones(6)
+    assert turns_back(even, odd) and turns_back(-3 * even, odd)
+    odd[3] = 0.99 / LARGEST_RATIO
+    assert not turns_back(even, odd)
+    odd[2:4] = 0
+    assert not turns_back(even, odd)
+    with pytest.raises(ValueError, match="need the projection; leave results off"):
+        qk_norm_rope(*(t.requires_grad_() for t in tensors(CASES[1], torch.float32)), results=True)
 
 
 def test_tables_of_one_frame_serve_all_frames():
