@@ -241,7 +241,7 @@ def rope_cases(s: Sizes) -> Iterator[Case]:
                 f"qk_norm_rope {'windows' if windows else 'frames'}", name, make, reference,
                 {"triton": ours, "triton, projection not kept": from_results},
                 (2 * moved, 0), (0,), (3 * moved - 2 * B * N * D, 0),
-                variants=tuple((qk_norm_rope, {"BLOCK": n}) for n in (16, 64)),
+                variants=tuple((qk_norm_rope, {"BLOCK": n}) for n in (8, 32)),
             )  # fmt: skip
 
 

@@ -33,6 +33,9 @@ MEASURED = (*PACKAGES, "cudnn", "flash", "efficient")  # math holds every score 
 REPEATABLE = ("flash", "efficient", "math", "fa2", "fa4")
 """Those whose backward gives the same bits each time under torch's deterministic algorithms; `measure` looks again."""
 REPEATS = 3  # of a step, under deterministic algorithms, whose bits are compared
+FLUSH, BUSY = 2**28, 16
+"""Bytes that are written before each timed call, so that it finds a cold cache, and how often: for a millisecond, in which the host asks for
+the whole call. A short one's time would else be the host's, which a recorded step does not have."""
 LARGEST_ERROR = 0.01  # relative to float32; bfloat16 implementations lie near 0.0023
 
 
@@ -238,10 +241,11 @@ def _median_ms(call: Callable[[], Any], device: torch.device, runs: int) -> floa
         return statistics.median(times)
     for _ in range(3):
         call()
-    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for before, after in events:
-        flush.zero_()
+        for _ in range(BUSY):
+            flush.zero_()
         before.record()
         call()
         after.record()

@@ -12,6 +12,7 @@ P columns of a row in float8.
 # pyright: reportUnboundVariable=false, reportGeneralTypeIssues=false
 # (a kernel gives some names a value only under a constexpr condition)
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -210,6 +211,12 @@ def _(x: Tensor, h: Tensor, gate: Tensor, z: Any, up: Any, windows: Any, multipl
     return _quantized_room(x, multiple)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows that follow one another, [rows, K] or with axes before, as one matrix."""
+    rows = [part.flatten(0, -2) for part in parts]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+
+
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, gate: Tensor, windows: Grid | None) -> Tensor:
@@ -229,30 +236,33 @@ class _GateResidual(torch.autograd.Function):
 class _LoRAGateResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float, gate: Tensor,
-        windows: Grid | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float, gate: Tensor,
+        windows: Grid | None, *parts: Tensor,
     ) -> Tensor:  # fmt: skip
-        x, gate, rows = x.contiguous(), gate.contiguous(), a.flatten(0, 1).contiguous()
+        x, gate, rows = x.contiguous(), gate.contiguous(), _joined(parts)
         low, high = down.to(x.dtype), scaled_up(up, scale, x.dtype)
         h = F.linear(rows, weight, bias)
         z = skinny_product(rows, low.T)
-        ctx.save_for_backward(rows, weight, low, high, z, gate, h if ctx.needs_input_grad[7] else None)
+        # The parts, which whoever made them keeps anyway, and not the rows that they join to.
+        ctx.save_for_backward(weight, low, high, z, gate, h if ctx.needs_input_grad[6] else None, *parts)
         ctx.windows, ctx.scale, ctx.dtypes = windows, scale, (down.dtype, up.dtype)
         return _forward(x, h, gate, z, high, windows)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, low, high, z, gate, h = ctx.saved_tensors
-        B, N, D = dout.shape
-        rank, R = low.shape[0], z.shape[1]
+        weight, low, high, z, gate, h, *parts = ctx.saved_tensors
+        D, rank, R = dout.shape[2], low.shape[0], z.shape[1]
         dh, dgate = _backward(dout.contiguous(), h, gate, z, high, ctx.windows)
         dh = dh.flatten(0, 1)
         low = low if rank == R else F.pad(low, (0, 0, 0, R - rank))  # which copies even for nothing
         stacked = torch.cat([weight, low])  # [D + R, K]
-        da = (dh @ stacked).view(B, N, -1) if ctx.needs_input_grad[1] else None
-        ddown = outer_product(rows, dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
+        dparts: Any = [None] * len(parts)
+        if any(ctx.needs_input_grad[8:]):
+            da = (dh @ stacked).split([len(part.flatten(0, -2)) for part in parts])
+            dparts = [d.view(part.shape) for d, part in zip(da, parts, strict=True)]
+        ddown = outer_product(_joined(parts), dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
         dup = outer_product(dh[:, :D], z, ctx.scale)[:, :rank].to(ctx.dtypes[1])
-        return dout, da, None, None, ddown, dup, None, dgate, None
+        return dout, None, None, ddown, dup, None, dgate, None, *dparts
 
 
 def _check_rows(name: str, x: Tensor, other: Tensor, what: str, width: int, gate: Tensor, windows: Grid | None) -> None:
@@ -263,13 +273,18 @@ def _check_rows(name: str, x: Tensor, other: Tensor, what: str, width: int, gate
 
 
 def _check_projection(
-    name: str, x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, gate: Tensor,
+    name: str, x: Tensor, parts: Sequence[Tensor], weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, gate: Tensor,
     windows: Grid | None,
 ) -> None:  # fmt: skip
     D, K = weight.shape
-    check_runs(name, x, a, weight, bias, gate)
+    check_runs(name, x, *parts, weight, bias, gate)
     check(x.shape[2] == D, f"{name}: x is {list(x.shape)}, weight {[D, K]} needs [B, N, {D}]")
-    _check_rows(name, x, a, "a", K, gate, windows)
+    _check_rows(name, x, x, "x", D, gate, windows)
+    rows = x.shape[0] * x.shape[1]
+    check(
+        all(part.shape[-1] == K for part in parts) and sum(part.shape[:-1].numel() for part in parts) == rows,
+        f"{name}: a is {' and '.join(str(list(part.shape)) for part in parts)}, x {list(x.shape)} needs {rows} rows of {K}",
+    )
     rank = up.shape[1]
     padded_rank(rank)
     check(
@@ -310,7 +325,7 @@ def gate_residual_quantized(
 
 def lora_gate_residual(
     x_BND: Tensor,
-    a_BNK: Tensor,
+    a_BNK: Tensor | Sequence[Tensor],
     weight_DK: Tensor,
     bias_D: Tensor,
     down_rK: Tensor,
@@ -322,17 +337,19 @@ def lora_gate_residual(
     """x + gate * (a W^T + b + scale (a A^T) B^T), [B, N, D]; differentiable in x, a, down, up and gate: W and b are frozen.
 
     One dtype for all but down (A) and up (B), which may be float32 masters; r from 1 to 64. windows: as in `gate_residual`,
-    of the rows of a. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias want a gradient.
+    of the rows of a, which may come in parts that follow one another, [..., K] each: what attention gave for each region. These are
+    then kept for the backward. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias want a gradient.
     """
-    _check_projection("lora_gate_residual", x_BND, a_BNK, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
+    parts = [a_BNK] if isinstance(a_BNK, Tensor) else list(a_BNK)
+    _check_projection("lora_gate_residual", x_BND, parts, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
     return _LoRAGateResidual.apply(  # type: ignore[return-value]
-        x_BND, a_BNK, weight_DK, bias_D, down_rK, up_Dr, scale, gate_B1D, windows
+        x_BND, weight_DK, bias_D, down_rK, up_Dr, scale, gate_B1D, windows, *parts
     )
 
 
 def lora_gate_residual_quantized(
     x_BND: Tensor,
-    a_BNK: Tensor,
+    a_BNK: Tensor | Sequence[Tensor],
     weight_DK: Tensor,
     bias_D: Tensor,
     down_rK: Tensor,
@@ -344,8 +361,9 @@ def lora_gate_residual_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lora_gate_residual`, and its rows in float8 as `gate_residual_quantized` gives them. Without gradients."""
     name = "lora_gate_residual_quantized"
-    _check_projection(name, x_BND, a_BNK, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
-    rows, low = a_BNK.flatten(0, 1).contiguous(), down_rK.to(x_BND.dtype)
+    parts = [a_BNK] if isinstance(a_BNK, Tensor) else list(a_BNK)
+    _check_projection(name, x_BND, parts, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
+    rows, low = _joined(parts), down_rK.to(x_BND.dtype)
     h, z = F.linear(rows, weight_DK, bias_D), skinny_product(rows, low.T)
     high, grid = scaled_up(up_Dr.detach(), scale, x_BND.dtype), None if windows is None else list(windows)
     return _quantized(x_BND.contiguous(), h, gate_B1D.contiguous(), z, high, grid, multiple)

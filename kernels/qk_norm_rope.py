@@ -19,7 +19,7 @@ from .column_sums import column_sums
 from .common import cdiv, check, check_runs, jit, power_of_two
 from .windows import WINDOW, Grid, group_windows, window_row
 
-BLOCK = 32  # (token, head) pairs of a program
+BLOCK = 16  # (token, head) pairs of a program: the backward holds several numbers of each channel
 LARGEST_RATIO = 8.0  # of a pair's weights: rounding of the larger reaches the smaller so many times as large
 
 

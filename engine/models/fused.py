@@ -123,39 +123,47 @@ def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Te
 
 def _self_attention(
     attn: SelfAttention, qkv_BNE: Tensor, geometry: Geometry, grid: Grid | None, backends: Backends
-) -> Tensor:
-    """[B, N, D]; with a grid its rows are grouped by window."""
+) -> list[Tensor]:
+    """[B, N, D] in parts that follow one another: all, or with a grid the regions of equal windows, [windows, tokens of one, D]; these
+    joined here where the projection is trained, whose gradient keeps them so."""
     B, N = qkv_BNE.shape[:2]
     weights, eps = (attn.q_norm.weight, attn.k_norm.weight), attn.q_norm.eps
     results = attn.turns_back and not any(weight.requires_grad for weight in weights)
     if grid is None:
         rows = qk_norm_rope(qkv_BNE, *weights, geometry.spatial_cos, geometry.spatial_sin, None, eps, results)
         q, k, v = (t.unflatten(0, (B * geometry.frames, geometry.tokens_per_frame)) for t in rows)
-        return attend(q, k, v, backend=backends.frames).reshape(B, N, -1)
+        return [attend(q, k, v, backend=backends.frames).reshape(B, N, -1)]
     rows = qk_norm_rope(qkv_BNE, *weights, geometry.window_cos, geometry.window_sin, grid, eps, results)
     regions = zip(*(split_windows(t, B, grid) for t in rows), strict=True)
     parts = [
-        attend(q, k, v, backend=name).flatten(0, 1) for (q, k, v), name in zip(regions, backends.windows, strict=False)
+        attend(q, k, v, backend=name).flatten(2) for (q, k, v), name in zip(regions, backends.windows, strict=False)
     ]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(B, N, -1)
+    return [_joined(parts, B)] if _trained(attn.proj) else parts
 
 
-def _added(x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
+def _joined(parts: list[Tensor], samples: int) -> Tensor:
+    """As [B, N, D]."""
+    return (
+        parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (samples, -1))
+    )
+
+
+def _added(x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:
     """x + gate * proj(a), a in window order where there is a grid."""
-    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, a):
+    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, x):
         base = proj.base
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
     # Also where a rank is more than the kernel takes.
-    return gate_residual(x, proj(a), gate, grid)
+    return gate_residual(x, proj(_joined(a, len(x))), gate, grid)
 
 
 def _added_quantized(
-    x: Tensor, a: Tensor, proj: nn.Module, gate: Tensor, grid: Grid | None
+    x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_added`, without gradients, and beside it its rows in float8."""
-    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, a):
+    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, x):
         base = proj.base
         return lora_gate_residual_quantized(
             x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid, MULTIPLE
         )
-    return gate_residual_quantized(x, proj(a), gate, grid, MULTIPLE)
+    return gate_residual_quantized(x, proj(_joined(a, len(x))), gate, grid, MULTIPLE)

@@ -69,6 +69,40 @@ def test_projection_with_addition(case, K, rank, windowed, dtype, mode):
 
 @every_mode
 @every_dtype
+def test_the_projections_rows_may_come_in_parts(dtype, mode):
+    """To the bit what they give together; the parts are kept, and not what they join to."""
+    B, grid, D, K, rank = 2, Grid(2, 9, 3), 24, 20, 3
+    sizes, kept = [(4, 16), (2, 22)], []
+    vectors = [
+        rand(rank, K, dtype=dtype, seed=3),
+        rand(D, rank, dtype=dtype, seed=4),
+        rand(B, 1, D, dtype=dtype, seed=6),
+    ]
+    weight, bias, x = (rand(*s, dtype=dtype, seed=i) for i, s in enumerate(((D, K), (D,), (B, grid.tokens, D))))
+    a = rand(B * grid.tokens, K, dtype=dtype, seed=5)
+    assert sum(windows * tokens for windows, tokens in sizes) == len(a)
+
+    def results(*parts: Tensor) -> list[Tensor]:
+        def function(x: Tensor, down: Tensor, up: Tensor, gate: Tensor, *parts: Tensor) -> Tensor:
+            rows = parts[0].view(B, -1, K) if len(parts) == 1 else parts
+            return lora_gate_residual(x, rows, weight, bias, down, up, SCALE, gate, grid)
+
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *vectors, *parts)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            out = (function if mode == "eager" else compiled(function))(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, rand(*x.shape, dtype=dtype, seed=7))]
+
+    together = results(a)
+    kept.clear()
+    parts = [part.view(*size, K) for part, size in zip(a.split([w * t for w, t in sizes]), sizes, strict=True)]
+    *apart, first, second = results(*parts)
+    assert all(map(torch.equal, [*apart, torch.cat([first.flatten(0, 1), second.flatten(0, 1)])], together))
+    assert first.shape == parts[0].shape
+    assert mode == "compiled" or (a.shape not in kept and all(part.shape in kept for part in parts))
+
+
+@every_mode
+@every_dtype
 @pytest.mark.usefixtures("float8_cast")
 @pytest.mark.parametrize(("case", "rank"), [((2, Grid(1, 9, 3), 37), 3), ((1, Grid(1, 1, 5), 1152), 0)], ids=str)
 def test_rows_in_float8_are_those_of_the_result(case, rank, dtype, mode):
