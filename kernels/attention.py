@@ -34,8 +34,8 @@ REPEATABLE = ("flash", "efficient", "math", "fa2", "fa4")
 """Those whose backward gives the same bits each time under torch's deterministic algorithms; `measure` looks again."""
 REPEATS = 3  # of a step, under deterministic algorithms, whose bits are compared
 FLUSH, BUSY = 2**28, 16
-"""Bytes that are written before each timed call, so that it finds a cold cache, and how often: for a millisecond, in which the host asks for
-the whole call. A short one's time would else be the host's, which a recorded step does not have."""
+"""Bytes that are written before each timed call, so that it finds a cold cache, and how often: for a millisecond, in which the host
+asks for the whole call. A short one's time would else be the host's, which a recorded step does not have."""
 LARGEST_ERROR = 0.01  # relative to float32; bfloat16 implementations lie near 0.0023
 
 
