@@ -21,6 +21,7 @@ from ..kernels import (
     norm_silu_pad,
     qk_norm_rope,
 )  # fmt: skip
+from ..kernels.common import padded_rank
 from ..kernels.windows import Grid
 from .caption_cases import caption_cases
 
@@ -113,6 +114,33 @@ def norm_cases(s: Sizes) -> Iterator[Case]:
             (4 * B * N * D, 0), (0, 1, 2), (6 * B * N * D, 0),
             variants=tuple((norm_modulate, {"BLOCK_N": n}) for n in (8, 32)),
         )  # fmt: skip
+
+
+def add_norm_cases(s: Sizes) -> Iterator[Case]:
+    """The residual sum and its norm, which both go on, with frozen modulation as in steps of LoRA: before the MLP, and with the
+    low-rank projection that a layer's first norm has beside it."""
+    for name, B, grid in s.batches:
+        for rank in (0, s.rank):
+            N, D = grid.tokens, s.dim
+            columns = 4 * D + (padded_rank(rank) if rank else 0)
+
+            def make(
+                device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D, r: int = rank
+            ) -> Inputs:
+                vectors = (randn(device, dtype, B, 1, D, scale=0.3) for _ in range(2))
+                down = [randn(device, dtype, r, D, scale=D**-0.5)] if r else []
+                return [randn(device, dtype, B, N, D), randn(device, dtype, B, N, D), *vectors, *down]
+
+            def apart(x, h, *rest):
+                s = x + h
+                return s, norm_modulate.norm_modulate(s, *rest)
+
+            yield Case(
+                f"add_norm_modulate{' lora' * bool(rank)}", name, make, norm_modulate.add_norm_modulate_reference,
+                {"triton": norm_modulate.add_norm_modulate, "sum, then norm_modulate": apart},
+                (2 * B * N * columns, 0), (0, 1, 4) if rank else (0, 1), (2 * B * N * columns, 0),
+                variants=tuple((norm_modulate, {"BLOCK_N": n}) for n in (8, 32)),
+            )  # fmt: skip
 
 
 def qkv_cases(s: Sizes) -> Iterator[Case]:
@@ -343,7 +371,7 @@ def all_cases(sizes: Sizes) -> list[Case]:
     from .sum_cases import sum_cases
 
     groups = [
-        norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases,
+        norm_cases, add_norm_cases, qkv_cases, trained_cases, lora_cases, rope_cases, residual_cases, caption_cases, delta_cases,
         delta_step_cases, vae_cases, sum_cases, optimizer_cases, *float8_cases,
     ]  # fmt: skip
     # Gradients at the shape that is adapted on; the others are the sampler's, of which two compile to the same code.

@@ -1,9 +1,10 @@
 """The trained linear layer of a modulated layer norm, y = n W^T + b with n = LN(x) * (1 + scale) + shift, which does not keep n.
+The residual sum before the norm and the gradient of the stream beside it join as in norm_modulate.py.
 
-With h = (x - mean) / std and P = dy^T h, one product, all gradients but x's are sums over weights and not over tokens:
+With z = (x - mean) / std and P = dy^T z, one product, all gradients but x's are sums over weights and not over tokens:
     dW = P * (1 + scale) + (sum of dy) shift^T,    dscale = column sums of W * P,    dshift = (sum of dy) W.
-So the backward makes h again in one pass over x, and needs no column sums over the tokens (norm_modulate.py writes and adds parts
-of them for each block of rows). Operators of their own: a compiler would find h among what it may keep.
+So the backward makes z again in one pass over x, and needs no column sums over the tokens (norm_modulate.py writes and adds parts
+of them for each block of rows). Operators of their own: a compiler would find z among what it may keep.
 Axes: B samples, N tokens, D inputs, E outputs.
 """
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from .column_sums import column_sums
 from .common import block_for, cdiv, check, check_runs, jit
-from .norm_modulate import _forward, norm_gradients, norm_modulate_reference
+from .norm_gradients import norm_gradients
+from .norm_modulate import _forward, add_norm_modulate_reference, unused_is_none
 
 BLOCK_E = 32
 BLOCK_D = 64
@@ -25,7 +27,15 @@ ROWS = 64  # of the weight, that a program sums over
 
 def norm_linear_reference(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6):
     """The mathematics, in whatever dtype the inputs have."""
-    return F.linear(norm_modulate_reference(x, shift, scale, eps=eps), weight, bias)
+    return add_norm_linear_reference(x, None, shift, scale, weight, bias, eps)[1]
+
+
+def add_norm_linear_reference(
+    x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """As `add_norm_linear`, in whatever dtype the inputs have."""
+    s, n = add_norm_modulate_reference(x, h, shift, scale, eps=eps)
+    return s, F.linear(n, weight, bias)
 
 
 @jit
@@ -90,53 +100,62 @@ def _weight_gradients(
 
 @torch.library.custom_op("vidtta::norm_linear", mutates_args=())
 def _apply(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and of each row of x the mean and 1 / std."""
-    n, mean, rstd = _forward(x, shift, scale, None, eps)
-    return F.linear(n, weight, bias), mean, rstd
+    x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> list[Tensor]:
+    """y, of each row of s the mean and 1 / std, and with h also s = x + h."""
+    n, s, mean, rstd = _forward(x, h, shift, scale, None, eps)
+    return [F.linear(n, weight, bias), mean, rstd] + [s] * (h is not None)
 
 
 @_apply.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float):
+def _(x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float):
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(*x.shape[:2], weight.shape[0]), mean, rstd
+    sums = [] if h is None else [torch.empty_like(x)]
+    return [x.new_empty(*x.shape[:2], weight.shape[0]), mean, rstd, *sums]
 
 
 @torch.library.custom_op("vidtta::norm_linear_gradients", mutates_args=())
 def _gradients(
-    dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x, shift, scale, weight and bias."""
+    dy: Tensor, ds: Tensor | None, s: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of x (and of h), shift, scale, weight and bias. ds: the gradient of s from elsewhere, or None."""
     zero = torch.zeros_like(shift)
-    h = _forward(x, zero, zero, None, eps)[0]
+    z = _forward(s, None, zero, zero, None, eps)[0]
     # A batch of one is an ordinary product, for which the library has more ways.
-    product = (dy[0].t() @ h[0]).unsqueeze(0) if len(x) == 1 else dy.mT @ h
-    del h
-    dn = (dy.flatten(0, 1) @ weight).view(x.shape)
+    product = (dy[0].t() @ z[0]).unsqueeze(0) if len(s) == 1 else dy.mT @ z
+    del z
+    dn = (dy.flatten(0, 1) @ weight).view(s.shape)
     sums = column_sums(dy, torch.float32)
     dweight, dshift, dscale = _weight_gradients(product, weight, sums, shift, scale)
-    dx = norm_gradients(dn, dn[..., :0], x, shift, scale, None, mean, rstd, False, False)[0]
+    dx = norm_gradients(dn, dn[..., :0], ds, s, shift, scale, None, mean, rstd, False, False)[0]
     return dx, dshift, dscale, dweight, sums.sum(0).to(weight.dtype)
 
 
 @_gradients.register_fake
-def _(dy: Tensor, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float):
-    return (*(torch.empty_like(t) for t in (x, shift, scale, weight)), weight.new_empty(weight.shape[0]))
+def _(dy: Tensor, ds: Any, s: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, *_: Any):
+    return (*(torch.empty_like(t) for t in (s, shift, scale, weight)), weight.new_empty(weight.shape[0]))
 
 
-class _NormLinear(torch.autograd.Function):
+class _AddNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        unused_is_none(ctx)
         x, shift, scale, weight = (t.contiguous() for t in (x, shift, scale, weight))
-        out, mean, rstd = _apply(x, shift, scale, weight, bias, eps)
-        ctx.save_for_backward(x, shift, scale, weight, mean, rstd)
+        y, mean, rstd, *sums = _apply(x, None if h is None else h.contiguous(), shift, scale, weight, bias, eps)
+        ctx.save_for_backward(sums[0] if sums else x, shift, scale, weight, mean, rstd)
         ctx.eps = eps
-        return out
+        return sums[0] if sums else x.view_as(x), y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(dy.contiguous(), *ctx.saved_tensors, ctx.eps), None)
+    def backward(ctx: Any, ds: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_h = ctx.needs_input_grad[1]
+        if dy is None:
+            return ds, ds if of_h else None, None, None, None, None, None
+        dx, *rest = _gradients(dy.contiguous(), None if ds is None else ds.contiguous(), *ctx.saved_tensors, ctx.eps)
+        return dx, dx if of_h else None, *rest, None
 
 
 def norm_linear(
@@ -147,10 +166,28 @@ def norm_linear(
     One dtype for all. Kept for the backward: x, two numbers a row, the vectors and the weight. Raises ValueError when shapes,
     dtypes or devices disagree.
     """
+    return add_norm_linear(x_BND, None, shift_B1D, scale_B1D, weight_ED, bias_E, eps)[1]
+
+
+def add_norm_linear(
+    x_BND: Tensor,
+    h_BND: Tensor | None,
+    shift_B1D: Tensor,
+    scale_B1D: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """s = x + h, and norm_linear(s, shift, scale, weight, bias, eps); differentiable in all, and makes all gradients.
+
+    h: as x, or None: then s is a view of x. Go on with s, as after `add_norm_modulate`; kept for the backward is s, and neither x nor h.
+    """
     (B, _, D), E = x_BND.shape, weight_ED.shape[0]
-    check_runs("norm_linear", x_BND, shift_B1D, scale_B1D, weight_ED, bias_E)
+    others = [] if h_BND is None else [h_BND]
+    check_runs("norm_linear", x_BND, *others, shift_B1D, scale_B1D, weight_ED, bias_E)
     for name, tensor, wanted in (
-        ("shift", shift_B1D, (B, 1, D)), ("scale", scale_B1D, (B, 1, D)), ("weight", weight_ED, (E, D)), ("bias", bias_E, (E,)),
+        *(("h", h, x_BND.shape) for h in others), ("shift", shift_B1D, (B, 1, D)), ("scale", scale_B1D, (B, 1, D)),
+        ("weight", weight_ED, (E, D)), ("bias", bias_E, (E,)),
     ):  # fmt: skip
         check(tensor.shape == wanted, f"norm_linear: {name} is {list(tensor.shape)}, x and weight need {list(wanted)}")
-    return _NormLinear.apply(x_BND, shift_B1D, scale_B1D, weight_ED, bias_E, eps)  # type: ignore[return-value]
+    return _AddNormLinear.apply(x_BND, h_BND, shift_B1D, scale_B1D, weight_ED, bias_E, eps)  # type: ignore[return-value]

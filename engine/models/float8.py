@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .float8_linear import Rows, float8_linear, float8_linear_reference, quantize_weight
-from .norm_float8_linear import norm_float8_linear
+from .norm_float8_linear import add_norm_float8_linear
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
@@ -97,10 +97,10 @@ class Linear(nn.Linear):
         return float8_linear(x, *self.parts(), gelu, rows)
 
     def product_of_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The layer of a modulated norm in float8, and its projection by `down` (norm_float8_linear.py)."""
-        return norm_float8_linear(x, shift, scale, *self.parts(), down)
+        self, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, down: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x + h, the layer of its modulated norm in float8, and that norm's projection by `down` (norm_float8_linear.py)."""
+        return add_norm_float8_linear(x, h, shift, scale, *self.parts(), down)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The copy's values and scales, bias and weight."""

@@ -1,6 +1,6 @@
 """A layer of STDiT3 on the Triton kernels: the same function as `Layer.forward`, in fewer passes over memory.
 
-    norm + modulation (+ the low-rank projection)   one pass           kernels/norm_modulate.py
+    sum, norm, modulation (+ low-rank projection)    one pass           kernels/norm_modulate.py
     qkv, low-rank addition inside                    the library's product, K longer by the rank
     RMS norm, rotation, grouping by window           one pass           kernels/qk_norm_rope.py
     attention                                        a view of each region; nothing is copied on the way in
@@ -13,9 +13,13 @@ In float8 (float8.py) the norm writes its rows in float8 for the product that fo
 of x for the caption's queries in sampling, and an MLP's hidden state is quantised in one pass with the activation; a low-rank
 addition then joins in a product of its own.
 
+What the MLP's norm reads is x and what cross-attention gives, summed there. Each norm gives back the stream that it read, so that in the
+backward the gradient that comes along it joins the norm's own in one pass.
+
 Where it rounds less often than the plain path (between norm and modulation, or product and gate) it is the closer of the two.
 """
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -30,8 +34,8 @@ from ...kernels.gate_residual import (
     lora_gate_residual_quantized,
 )
 from ...kernels.lora_linear import lora_linear_extended
-from ...kernels.norm_linear import norm_linear
-from ...kernels.norm_modulate import norm_modulate
+from ...kernels.norm_linear import add_norm_linear
+from ...kernels.norm_modulate import add_norm_modulate
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.windows import Grid, split_windows
 from .again import Again, again
@@ -60,20 +64,23 @@ def fused_layer(
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = vectors.unbind(0)
     attn: SelfAttention = layer.attn
     grid = Grid(geometry.frames, geometry.rows, geometry.cols) if attn.windowed else None
-    x = x_BND
-    qkv = _projected(attn.qkv, x, shift_a, scale_a)
+    x, qkv = _projected(attn.qkv, x_BND, None, shift_a, scale_a)
     if "rotation" in remade:
         a = again(_self_attention, attn, qkv, geometry, grid, backends)
     else:
         a = _self_attention(attn, qkv, geometry, grid, backends)
     if in_float8(_frozen(layer.cross_attn.q_linear), x) and not torch.is_grad_enabled():
         x, values, scales = _added_quantized(x, a, attn.proj, gate_a, grid)
-        x = x + layer.cross_attn(x, text, known_text, geometry, backends, (values, scales))
+        h = layer.cross_attn(x, text, known_text, geometry, backends, (values, scales))
     else:
         x = _added(x, a, attn.proj, gate_a, grid)
-        x = x + layer.cross_attn(x, text, known_text, geometry, backends)
-    hidden = "hidden" in remade or ("half_hidden" in remade and attn.windowed)
-    return gate_residual(x, _mlp(layer.mlp, x, shift_m, scale_m, hidden), gate_m)
+        h = layer.cross_attn(x, text, known_text, geometry, backends)
+    hidden = not _trained(layer.mlp.fc2) and ("hidden" in remade or ("half_hidden" in remade and attn.windowed))
+    if hidden:
+        x, h = x + h, None  # what is made again is made of the sum, so that it is kept and not its two terms
+    # Under the names of the two terms, so that these are let go.
+    x, h, rest = _entered(layer.mlp, x, h, shift_m, scale_m, hidden)
+    return gate_residual(x, rest(h), gate_m)
 
 
 def _frozen(linear: nn.Module) -> nn.Module:
@@ -85,40 +92,54 @@ def _trained(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return torch.is_grad_enabled() and isinstance(linear, nn.Linear) and linear.weight.requires_grad
 
 
-def _mlp(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor, remade: bool) -> Tensor:
-    """The MLP of the modulated norm; where its second product is trained, GELU's result is not kept, else with `remade` nothing."""
+Sum = tuple[Tensor, Tensor]
+"""s = x + h, or x where h is None, with which the residual stream goes on; and what was made of its modulated norm."""
+
+
+def _entered(
+    mlp: Mlp, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, remade: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """A sum, how far the MLP of its norm is computed together with it, and the rest of the MLP; where its second product is trained,
+    GELU's result is not kept, else with `remade` nothing."""
     if _trained(mlp.fc2):
-        return gelu_linear(_projected(mlp.fc1, x, shift, scale), mlp.fc2.weight, mlp.fc2.bias)
+        fc2 = mlp.fc2
+        return *_projected(mlp.fc1, x, h, shift, scale), lambda hidden: gelu_linear(hidden, fc2.weight, fc2.bias)
     if in_float8(_frozen(mlp.fc1), x) or in_float8(mlp.fc2, x):
-        return again(_products, mlp, x, shift, scale) if remade else _products(mlp, x, shift, scale)
+        if remade:
+            return *again(_products, mlp, x, h, shift, scale), lambda done: done
+        return *_projected(mlp.fc1, x, h, shift, scale), mlp.second
     if remade:
-        return mlp.fc2(again(_hidden, mlp.fc1, x, shift, scale))
-    return mlp(norm_modulate(x, shift, scale))
+        return *again(_hidden, mlp.fc1, x, h, shift, scale), mlp.fc2
+    return *add_norm_modulate(x, h, shift, scale), mlp
 
 
-def _products(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return mlp.second(_projected(mlp.fc1, x, shift, scale))
+def _products(mlp: Mlp, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor) -> Sum:
+    s, hidden = _projected(mlp.fc1, x, h, shift, scale)
+    return s, mlp.second(hidden)
 
 
-def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.gelu(fc1(norm_modulate(x, shift, scale)), approximate="tanh")
+def _hidden(fc1: nn.Module, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor) -> Sum:
+    s, n = add_norm_modulate(x, h, shift, scale)
+    return s, F.gelu(fc1(n), approximate="tanh")
 
 
-def _projected(linear: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The linear layer of the modulated norm, its low-rank addition inside; where it is trained, the norm's result is not kept."""
+def _projected(linear: nn.Module, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor) -> Sum:
+    """A sum, and the linear layer of its modulated norm, its low-rank addition inside; where it is trained, the norm's result is not
+    kept."""
     base = _frozen(linear)
     if isinstance(base, Linear) and in_float8(base, x):
         if not isinstance(linear, LoRALinear):
-            return base.product_of_norm(x, shift, scale)[0]
+            return base.product_of_norm(x, h, shift, scale)[:2]
         if (rank := linear.A.shape[0]) <= MAX_RANK:
-            y, low = base.product_of_norm(x, shift, scale, linear.A)
-            return linear.joined(y, low[..., :rank])
+            s, y, low = base.product_of_norm(x, h, shift, scale, linear.A)
+            return s, linear.joined(y, low[..., :rank])
     elif isinstance(linear, LoRALinear) and linear.extended is not None:
-        n = norm_modulate(x, shift, scale, linear.A)
-        return lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
+        s, n = add_norm_modulate(x, h, shift, scale, linear.A)
+        return s, lora_linear_extended(n, linear.extended, linear.base.bias, linear.B, linear.scale)
     if _trained(linear):
-        return norm_linear(x, shift, scale, linear.weight, linear.bias)
-    return linear(norm_modulate(x, shift, scale))
+        return add_norm_linear(x, h, shift, scale, linear.weight, linear.bias)
+    s, n = add_norm_modulate(x, h, shift, scale)
+    return s, linear(n)
 
 
 def _self_attention(

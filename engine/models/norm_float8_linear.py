@@ -1,5 +1,6 @@
 """The float8 linear layer of a modulated layer norm: the norm writes its rows in float8, in one pass over x (kernels/norm_modulate.py), and
-the library multiplies them. What was quantised is n = LN(x) * (1 + scale) + shift in float32, rounded once.
+the library multiplies them. What was quantised is n = LN(x) * (1 + scale) + shift in float32, rounded once. The residual sum before
+the norm and the gradient of the stream beside it join as there.
 
 The gradient of n is that of the unrounded layer, dy W with W in 16 bits (float8_linear.py), and n is not kept: its own backward reads x
 again. Beside the layer, if wanted, the low-rank projection n A^T, of n in x's dtype. Operators of their own, so that a compiler need
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.common import check, padded_rank
-from ...kernels.norm_modulate import norm_gradients, norm_quantize, norm_quantize_reference
+from ...kernels.norm_gradients import norm_gradients
+from ...kernels.norm_modulate import add_norm_quantize, norm_quantize_reference
 from ...kernels.quantize_rows import padded
 from .float8_linear import MULTIPLE, product, product_reference
 
@@ -28,60 +30,65 @@ def norm_float8_linear_reference(
 
 @torch.library.custom_op("vidtta::norm_float8_linear", mutates_args=())
 def _apply(
-    x: Tensor, shift: Tensor, scale: Tensor, values: Tensor, scales: Tensor, bias: Tensor, down: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, n A^T, and of each row of x the mean and 1 / std."""
-    rows, row_scales, low, mean, rstd = norm_quantize(x, shift, scale, down, MULTIPLE)
-    return product(rows, row_scales, values, scales, bias, x.dtype), low, mean, rstd
+    x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, values: Tensor, scales: Tensor, bias: Tensor,
+    down: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """y, n A^T, of each row of s the mean and 1 / std, and with h also s = x + h."""
+    s, rows, row_scales, low, mean, rstd = add_norm_quantize(x, h, shift, scale, down, MULTIPLE)
+    return [product(rows, row_scales, values, scales, bias, x.dtype), low, mean, rstd] + [s] * (h is not None)
 
 
 @_apply.register_fake
-def _(x: Tensor, shift: Tensor, scale: Tensor, values: Tensor, scales: Tensor, bias: Tensor, down: Tensor | None):
+def _(x: Tensor, h: Any, shift: Any, scale: Any, values: Any, scales: Any, bias: Tensor, down: Tensor | None):
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
     low = x.new_empty(*x.shape[:2], 0 if down is None else padded_rank(down.shape[0]))
-    return x.new_empty(*x.shape[:2], bias.shape[0]), low, mean, rstd
+    sums = [] if h is None else [torch.empty_like(x)]
+    return [x.new_empty(*x.shape[:2], bias.shape[0]), low, mean, rstd, *sums]
 
 
 @torch.library.custom_op("vidtta::norm_float8_linear_gradients", mutates_args=())
 def _gradients(
-    dy: Tensor, dlow: Tensor, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, down: Tensor | None, mean: Tensor,
-    rstd: Tensor, vectors: bool, downs: bool,
+    dy: Tensor, dlow: Tensor, ds: Tensor, s: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, down: Tensor | None,
+    mean: Tensor, rstd: Tensor, vectors: bool, downs: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Of x, then of shift and scale with `vectors`, then of down with `downs`."""
-    dn = (dy.flatten(0, 1) @ weight).view(x.shape)
-    found = norm_gradients(dn, dlow, x, shift, scale, down, mean, rstd, vectors, downs)
+    """Of x (and of h), then of shift and scale with `vectors`, then of down with `downs`. ds: the gradient of s from elsewhere."""
+    dn = (dy.flatten(0, 1) @ weight).view(s.shape)
+    found = norm_gradients(dn, dlow, ds, s, shift, scale, down, mean, rstd, vectors, downs)
     return [gradient for gradient in found if gradient is not None]
 
 
 @_gradients.register_fake
 def _(
-    dy: Tensor, dlow: Tensor, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, down: Tensor | None, mean: Tensor,
-    rstd: Tensor, vectors: bool, downs: bool,
+    dy: Tensor, dlow: Tensor, ds: Tensor, s: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, down: Tensor | None,
+    mean: Tensor, rstd: Tensor, vectors: bool, downs: bool,
 ):  # fmt: skip
-    found = [torch.empty_like(x)] + [torch.empty_like(t) for t in (shift, scale) if vectors]
+    found = [torch.empty_like(s)] + [torch.empty_like(t) for t in (shift, scale) if vectors]
     return found + [torch.empty_like(t, dtype=torch.float32) for t in (down,) if downs and t is not None]
 
 
-class _NormFloat8Linear(torch.autograd.Function):
+class _AddNormFloat8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor,
-        down: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, values: Tensor, scales: Tensor, bias: Tensor,
+        weight: Tensor, down: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x, shift, scale = (t.contiguous() for t in (x, shift, scale))
         cast = None if down is None else down.to(x.dtype).contiguous()
-        y, low, mean, rstd = _apply(x, shift, scale, values, scales, bias, cast)
-        ctx.save_for_backward(x, shift, scale, weight, cast, mean, rstd)
+        added = None if h is None else h.contiguous()
+        y, low, mean, rstd, *sums = _apply(x, added, shift, scale, values, scales, bias, cast)
+        ctx.save_for_backward(sums[0] if sums else x, shift, scale, weight, cast, mean, rstd)
         ctx.down_dtype = None if down is None else down.dtype
-        return y, low
+        return sums[0] if sums else x.view_as(x), y, low
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dlow: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, ds: Tensor, dy: Tensor, dlow: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        vectors = needs[1] or needs[2]
-        found = _gradients(dy.contiguous(), dlow.contiguous(), *ctx.saved_tensors, vectors, needs[7])
+        vectors = needs[2] or needs[3]
+        douts = (t.contiguous() for t in (dy, dlow, ds))
+        found = _gradients(*douts, *ctx.saved_tensors, vectors, needs[8])
         dshift, dscale = found[1:3] if vectors else (None, None)
-        return found[0], dshift, dscale, None, None, None, None, found[-1].to(ctx.down_dtype) if needs[7] else None
+        ddown = found[-1].to(ctx.down_dtype) if needs[8] else None
+        return found[0], found[0] if needs[1] else None, dshift, dscale, None, None, None, None, ddown
 
 
 def norm_float8_linear(
@@ -99,6 +106,22 @@ def norm_float8_linear(
     x, shift, scale, down: as in `norm_modulate`; values, scales, bias, weight: as in `float8_linear`. Columns of n A^T beyond the rank
     are zero. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias want a gradient.
     """
+    return add_norm_float8_linear(x_BND, None, shift_B1D, scale_B1D, values, scales, bias_E, weight_ED, down_rD)[1:]
+
+
+def add_norm_float8_linear(
+    x_BND: Tensor,
+    h_BND: Tensor | None,
+    shift_B1D: Tensor,
+    scale_B1D: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias_E: Tensor,
+    weight_ED: Tensor,
+    down_rD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s = x + h, and what `norm_float8_linear` gives of s; differentiable in h too. h: as x, or None: then s is a view of x. Go on with s,
+    as after `add_norm_modulate`."""
     E, D = weight_ED.shape
     shape = padded(E, MULTIPLE), padded(D, MULTIPLE)
     check(
@@ -110,4 +133,4 @@ def norm_float8_linear(
         not (torch.is_grad_enabled() and (weight_ED.requires_grad or bias_E.requires_grad)),
         "norm_float8_linear: weight and bias must be frozen; to train them use norm_linear",
     )
-    return _NormFloat8Linear.apply(x_BND, shift_B1D, scale_B1D, values, scales, bias_E, weight_ED, down_rD)  # type: ignore[return-value]
+    return _AddNormFloat8Linear.apply(x_BND, h_BND, shift_B1D, scale_B1D, values, scales, bias_E, weight_ED, down_rD)  # type: ignore[return-value]

@@ -57,6 +57,33 @@ def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, monkeypa
         assert len(other) > 1 and all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+@pytest.mark.parametrize("grad", [False, True], ids=["sampling", "adapting"])
+def test_the_terms_of_the_sum_before_the_mlp_are_let_go(grad, monkeypatch):
+    """When the MLP is done, in the layers before too: neither the backward nor the layer's own names hold them."""
+    terms: list[Any] = []
+    alive: list[int] = []
+    add, gate = fused.add_norm_modulate, fused.gate_residual
+
+    def watched(x: Tensor, h: Tensor | None, *rest: Any) -> Any:
+        if h is not None:
+            terms.extend(weakref.ref(t) for t in (x, h))
+        return add(x, h, *rest)
+
+    def counted(*inputs: Any) -> Tensor:
+        alive.append(sum(term() is not None for term in terms))
+        return gate(*inputs)
+
+    monkeypatch.setattr(fused, "add_norm_modulate", watched)
+    monkeypatch.setattr(fused, "gate_residual", counted)
+    model = tiny_dit(depth=1).to(DEVICE)
+    use_paths(model, Paths(kernels="triton"))
+    task, _ = tiny_task(model), LoRA(rank=4).attach(model, 0)
+    with torch.set_grad_enabled(grad):
+        assert task.loss(task.draw(0)).requires_grad == grad
+    assert len(terms) == 2 * len(model.layers) and alive == [0] * len(model.layers)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="traced with a stand-in for a GPU")
 def test_what_a_compiled_layer_keeps(tmp_path):
     """In widths of the network a token: full fine-tuning 20 and LoRA 16 with the low-rank columns (16 of 48 here) apart; where queries,

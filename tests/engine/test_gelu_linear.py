@@ -14,7 +14,7 @@ from vidtta.engine.models.gelu_linear import gelu_linear
 from vidtta.engine.models.paths import Paths, use_paths
 from vidtta.engine.models.stdit3 import STDiT3
 from vidtta.kernels.common import INTERPRETED
-from vidtta.kernels.norm_modulate import norm_modulate
+from vidtta.kernels.norm_modulate import add_norm_modulate
 
 from .tiny import noise, tiny_dit, tiny_task
 
@@ -108,14 +108,17 @@ def test_a_layer_on_the_kernels_keeps_no_result_of_gelu(method, monkeypatch):
 def test_full_fine_tuning_on_the_kernels_keeps_no_result_of_a_norm(monkeypatch):
     """Two of N x D a layer less; gradients as near to those of the layers apart as two orders of rounding are."""
 
-    def apart(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(norm_modulate(x, shift, scale), weight, bias)
+    def apart(
+        x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        s, n = add_norm_modulate(x, h, shift, scale)
+        return s, F.linear(n, weight, bias)
 
     found = []
-    for way in (apart, fused.norm_linear):
+    for way in (apart, fused.add_norm_linear):
         model = tiny_dit(depth=1).to(DEVICE)
         use_paths(model, Paths(kernels="triton"))
-        monkeypatch.setattr(fused, "norm_linear", way)
+        monkeypatch.setattr(fused, "add_norm_linear", way)
         found.append(kept_bytes(model, FullFineTuning().attach(model, 0).masters.parameters))
     (before, expected), (now, actual) = found
     tokens, width = 7 * 2 * 3, 48

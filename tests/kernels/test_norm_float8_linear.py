@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vidtta.engine.models.float8_linear import quantize_weight
-from vidtta.engine.models.norm_float8_linear import norm_float8_linear, norm_float8_linear_reference
+from vidtta.engine.models.norm_float8_linear import (
+    add_norm_float8_linear,
+    norm_float8_linear,
+    norm_float8_linear_reference,
+)
 from vidtta.kernels.norm_modulate import norm_modulate_reference
 
 from tests.kernels.accuracy import DEVICE, assert_as_accurate, every_mode, rand
@@ -59,6 +63,33 @@ def test_product_and_gradients(case, mode):
 
     for ours, exact, plain in zip(found, unrounded(torch.float64), unrounded(DTYPE), strict=True):
         assert_as_accurate(ours, exact, plain, terms=E)
+
+
+@every_mode
+@pytest.mark.parametrize("sums", [True, False], ids=["sum", "alone"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_sum_before_it_and_the_stream_beside_it(case, sums, mode):
+    """The layer of the sum, and the sum of both gradients, rounded once where two passes round twice."""
+    (x, shift, scale), frozen, down = layer(case)
+    h = rand(*x.shape, dtype=DTYPE, seed=8) if sums else None
+    function = add_norm_float8_linear if mode == "eager" else compiled_anew(add_norm_float8_linear)
+    trained = [t.requires_grad_() for t in (x, h, shift, scale, down) if t is not None]
+    s, y, low = function(x, h, shift, scale, *frozen, down)
+    through = (x if h is None else x + h).detach().requires_grad_()
+    others = [t for t in (shift, scale, down) if t is not None]
+    expected, expected_low = norm_float8_linear(through, shift, scale, *frozen, down)
+    assert torch.equal(s, through) and torch.equal(low, expected_low)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    ds, dy, dlow = (rand(*t.shape, dtype=DTYPE, seed=seed) for seed, t in enumerate((s, y, low), 5))
+    outs = [s, y, low] if case[4] else [s, y]
+    found = torch.autograd.grad(outs, trained, [ds, dy, dlow][: len(outs)], retain_graph=True)
+    alone = torch.autograd.grad(
+        [expected, expected_low][: len(outs) - 1], [through, *others], [dy, dlow][: len(outs) - 1]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found[1 + sums :], alone[1:], strict=True))
+    for of_stream in found[: 1 + sums]:
+        torch.testing.assert_close(of_stream, alone[0] + ds)
+    assert torch.equal(torch.autograd.grad(s, trained[0], ds)[0], ds)
 
 
 def test_without_gradients_of_the_modulation_and_what_it_does_not_take():
