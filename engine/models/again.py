@@ -7,11 +7,13 @@ half_hidden    the same in every other layer, those of windowed attention: half 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
 Again = Literal["rotation", "hidden", "half_hidden"]
 
 _aten = torch.ops.aten
@@ -33,6 +35,6 @@ def _contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def again(function: Callable[..., Any], *inputs: Any) -> Any:
+def again(function: Callable[..., T], *inputs: Any) -> T:
     """function(*inputs); of what it computes, only attention's results are kept. It may hold no randomness."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)  # type: ignore[return-value]
