@@ -5,7 +5,8 @@ Run: python -m vidtta.bench.compiles [--clips 100] [--out FILE.json] [--only NAM
 
 Each clip is adapted to (two steps; `none`: not at all), sampled (a step of three branches and one of a single branch) and restored,
 by the engine's own functions, with latents, noise and a caption of its own. `graphs_first` is what the first clip compiles,
-`graphs_more` and `breaks_more` what the others add; `ms` is the median of a clip after the first.
+`graphs_more` and `breaks_more` what the others add; `ms` is the median of a clip after the first. CUDA graphs are recorded when a
+length of caption comes for the second time: `last_recording` is the number of the last clip that did, of `recordings`.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
 
         from ..engine.clip import sample_continuation, task_of
         from ..engine.methods import FullFineTuning, LoRA, NoAdaptation
+        from ..engine.recorded import Recorded
         from .step_rows import on
         from .step_scene import describe_path
 
@@ -38,6 +40,7 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
         lengths = [round(longest * part / LENGTHS) for part in range(1, LENGTHS + 1)]
         short = replace(scene.experiment, sampler=replace(scene.experiment.sampler, steps=2, force_steps=1))
         times, first, before = [], scene.watch.graphs(), scene.watch.graphs()
+        made, recorded = Recorded.made, [0]
         with on(scene, path):
             methods = {"none": NoAdaptation(), "lora": LoRA(steps=2), "full": FullFineTuning(steps=2)}
             adapter = methods[method].attach(short.dit, 0)
@@ -60,6 +63,7 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
                     if not latents.isfinite().all():
                         raise ArithmeticError(f"the latents of clip {index} are not finite")
                     times.append((scene.watch.now() - start) * 1e3)
+                    recorded.append(Recorded.made - made)
                     if index == 0:
                         first, before = scene.watch.graphs(first), scene.watch.graphs()
             finally:
@@ -67,7 +71,7 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
         return {
             "ms": statistics.median(times[1:]), "times": times[1:], "first_s": times[0] / 1e3, "peak_gib": scene.watch.peak(),
             "clips": count, "caption_lengths": lengths, "graphs_first": first["graphs_more"],
-            **scene.watch.graphs(before), "path": describe_path(scene.paths(path)),
+            **scene.watch.graphs(before), "recordings": recorded[-1], "last_recording": recorded.index(recorded[-1]), "path": describe_path(scene.paths(path)),
         }  # fmt: skip
 
     return run
@@ -77,7 +81,7 @@ def rows(count: int) -> dict[str, Callable[["Scene"], Row]]:
     """By method and path."""
     return {
         f"compiles {method} {path}": clips(method, path, count)
-        for path in ("fused", "compiled")
+        for path in ("fused, not compiled", "fused", "compiled")
         for method in ("lora", "full", "none")
     }
 

@@ -6,7 +6,7 @@
 import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,13 @@ class Recorded:
     it on a card.
     """
 
+    made: ClassVar[int] = 0
+    """How many this process has made, for benches."""
+
     def __init__(
         self, compute: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm_ups: int, pool: Any = None
     ) -> None:
+        Recorded.made += 1
         # Of the same strides, or code compiled for the inputs that were launched would be compiled anew while recording.
         self.inputs = [_room(tensor) for tensor in inputs]
         self.held: list[tuple[Tensor, int]] = []
