@@ -71,7 +71,8 @@ def clips(method: str, path: str, count: int) -> Callable[["Scene"], Row]:
         return {
             "ms": statistics.median(times[1:]), "times": times[1:], "first_s": times[0] / 1e3, "peak_gib": scene.watch.peak(),
             "clips": count, "caption_lengths": lengths, "graphs_first": first["graphs_more"],
-            **scene.watch.graphs(before), "recordings": recorded[-1], "last_recording": recorded.index(recorded[-1]), "path": describe_path(scene.paths(path)),
+            **scene.watch.graphs(before), "recordings": recorded[-1], "last_recording": recorded.index(recorded[-1]),
+            "path": describe_path(scene.paths(path)),
         }  # fmt: skip
 
     return run
