@@ -22,7 +22,7 @@ from ..kernels import (
     qk_norm_rope,
 )  # fmt: skip
 from ..kernels.common import padded_rank
-from ..kernels.windows import Grid
+from ..kernels.windows import Grid, split_windows
 from .caption_cases import caption_cases
 
 Inputs = list[Tensor]
@@ -292,7 +292,10 @@ def residual_cases(s: Sizes) -> Iterator[Case]:
                 return gate_residual.lora_gate_residual_reference(x, a, weight, bias, down, up, SCALE, gate, windows)
 
             def ours(x, a, weight, bias, down, up, gate, windows: Grid | None = windows):
-                return gate_residual.lora_gate_residual(x, a, weight, bias, down, up, SCALE, gate, windows)
+                parts = (
+                    a if windows is None else split_windows(a.flatten(0, 1), len(a), windows)
+                )  # as attention gives them
+                return gate_residual.lora_gate_residual(x, parts, weight, bias, down, up, SCALE, gate, windows)
 
             def two_term(x, a, weight, bias, down, up, gate, windows: Grid | None = windows):
                 h = lora_linear.lora_linear(a, weight, bias, down, up, SCALE)

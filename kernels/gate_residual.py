@@ -28,6 +28,7 @@ from .windows import WINDOW, Grid, ungroup_windows, window_row
 
 BLOCK_N = 32
 BLOCK_D = 128
+MOST_PARTS = 4  # that a projection's rows come in: as many as a grid has regions of equal windows
 QUANTIZED_BLOCKS = (4, 128, 4)
 """Rows, channels at a time and warps of a program that writes float8: it goes through its rows twice, so they should stay in the cache.
 With a low-rank addition at least 16 rows, as tl.dot takes no fewer."""
@@ -237,8 +238,10 @@ class _LoRAGateResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float, gate: Tensor,
-        windows: Grid | None, *parts: Tensor,
+        windows: Grid | None, first: Tensor, second: Tensor | None, third: Tensor | None, fourth: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        # As many parameters as MOST_PARTS: with `*parts` torch.compile, without gradients, drops ctx for some numbers of them.
+        parts = [part for part in (first, second, third, fourth) if part is not None]
         x, gate, rows = x.contiguous(), gate.contiguous(), _joined(parts)
         low, high = down.to(x.dtype), scaled_up(up, scale, x.dtype)
         h = F.linear(rows, weight, bias)
@@ -256,10 +259,10 @@ class _LoRAGateResidual(torch.autograd.Function):
         dh = dh.flatten(0, 1)
         low = low if rank == R else F.pad(low, (0, 0, 0, R - rank))  # which copies even for nothing
         stacked = torch.cat([weight, low])  # [D + R, K]
-        dparts: Any = [None] * len(parts)
+        dparts: list[Tensor | None] = [None] * MOST_PARTS
         if any(ctx.needs_input_grad[8:]):
             da = (dh @ stacked).split([len(part.flatten(0, -2)) for part in parts])
-            dparts = [d.view(part.shape) for d, part in zip(da, parts, strict=True)]
+            dparts[: len(parts)] = [d.view(part.shape) for d, part in zip(da, parts, strict=True)]
         ddown = outer_product(_joined(parts), dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
         dup = outer_product(dh[:, :D], z, ctx.scale)[:, :rank].to(ctx.dtypes[1])
         return dout, None, None, ddown, dup, None, dgate, None, *dparts
@@ -281,6 +284,7 @@ def _check_projection(
     check(x.shape[2] == D, f"{name}: x is {list(x.shape)}, weight {[D, K]} needs [B, N, {D}]")
     _check_rows(name, x, x, "x", D, gate, windows)
     rows = x.shape[0] * x.shape[1]
+    check(1 <= len(parts) <= MOST_PARTS, f"{name}: a comes in {len(parts)} parts, may in 1 to {MOST_PARTS}")
     check(
         all(part.shape[-1] == K for part in parts) and sum(part.shape[:-1].numel() for part in parts) == rows,
         f"{name}: a is {' and '.join(str(list(part.shape)) for part in parts)}, x {list(x.shape)} needs {rows} rows of {K}",
@@ -337,13 +341,15 @@ def lora_gate_residual(
     """x + gate * (a W^T + b + scale (a A^T) B^T), [B, N, D]; differentiable in x, a, down, up and gate: W and b are frozen.
 
     One dtype for all but down (A) and up (B), which may be float32 masters; r from 1 to 64. windows: as in `gate_residual`,
-    of the rows of a, which may come in parts that follow one another, [..., K] each: what attention gave for each region. These are
-    then kept for the backward. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias want a gradient.
+    of the rows of a, which may come in up to four parts that follow one another, [..., K] each: what attention gave for each
+    region. These are then kept for the backward. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias
+    want a gradient.
     """
     parts = [a_BNK] if isinstance(a_BNK, Tensor) else list(a_BNK)
     _check_projection("lora_gate_residual", x_BND, parts, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
+    missing = [None] * (MOST_PARTS - len(parts))
     return _LoRAGateResidual.apply(  # type: ignore[return-value]
-        x_BND, weight_DK, bias_D, down_rK, up_Dr, scale, gate_B1D, windows, *parts
+        x_BND, weight_DK, bias_D, down_rK, up_Dr, scale, gate_B1D, windows, *parts, *missing
     )
 
 

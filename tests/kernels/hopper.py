@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Captured(Exception):
 
 
 def trace_all(only: list[str]) -> list[dict[str, Any]]:
-    """A row for every operation: whether torch.compile(fullgraph=True) takes it as one graph, kernels and gradients included."""
+    """A row for every operation: whether torch.compile(fullgraph=True) takes it as one graph, with its gradients and without."""
     driver.set_active(Hopper())  # type: ignore[arg-type]
     common.INTERPRETED = True
     torch.utils._triton.has_triton = lambda *_: True  # it looks for a GPU; without one kernels are not recognised
@@ -136,13 +137,14 @@ def trace_all(only: list[str]) -> list[dict[str, Any]]:
             continue
         inputs = case.make(torch.device("cpu"), torch.bfloat16)
         leaves = [t.detach().requires_grad_(i in case.trained) for i, t in enumerate(inputs)]
-        for name, function in case.impls.items():
+        for name, gradients in product(case.impls, (True, False) if case.trained else (False,)):
             if name in LIBRARY:
                 continue
             torch._dynamo.reset()
-            row: dict[str, Any] = {"traced": name, "for": case.key}
+            row: dict[str, Any] = {"traced": name, "for": case.key, "gradients": gradients}
             try:
-                torch.compile(function, fullgraph=True, dynamic=False, backend=backend)(*leaves)
+                with torch.set_grad_enabled(gradients):
+                    torch.compile(case.impls[name], fullgraph=True, dynamic=False, backend=backend)(*leaves)
             except Captured as found:
                 row["operations"] = found.args[0]
             except Exception as error:

@@ -150,3 +150,11 @@ def test_wrong_shapes_are_named(change, windows, message):
     t = {i: torch.zeros(shape, device=DEVICE) for i, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
         lora_gate_residual(t[0], t[1], t[2], t[3], t[4], t[5], 1.0, t[7], windows)
+
+
+def test_more_parts_than_a_grid_has_regions_are_refused():
+    x, weight, vector, gate = torch.zeros(1, 5, 8), torch.zeros(8, 8), torch.zeros(8), torch.zeros(1, 1, 8)
+    low = torch.zeros(2, 8), torch.zeros(8, 2)
+    x, weight, vector, gate, *low = (t.to(DEVICE) for t in (x, weight, vector, gate, *low))
+    with pytest.raises(ValueError, match="a comes in 5 parts, may in 1 to 4"):
+        lora_gate_residual(x, list(x.split(1, dim=1)), weight, vector, *low, 1.0, gate)
