@@ -23,7 +23,7 @@ from .models.attention import TextStates
 from .models.stdit3 import Caption, Condition, Embedded, STDiT3
 from .models.vae import CHUNK_LATENTS
 from .seeds import generator_for
-from .transfer import to_device
+from .transfer import send
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -155,7 +155,7 @@ class Task:
         else:
             t = timestep_transform(logit_normal_timestep(generator), *self._size, size_dtype=self.model.dtype)
         noise = torch.randn(self.latents.shape, generator=generator)
-        return Draw(to_device(t, self.latents.device), to_device(noise, self.latents.device))
+        return Draw(*(send(tensor, self.latents.device, tensor.dtype) for tensor in (t, noise)))
 
     def captions(self) -> tuple[TextStates, TextStates]:
         """Text states of the prompt and the null caption under the weights in force."""

@@ -21,7 +21,7 @@ from .errors import UserError
 from .feature_cache import FeatureCache
 from .files import sha256_json, sha256_tensor
 from .flow import sampling_timesteps
-from .memory import peak_memory, reset_peak_memory, send
+from .memory import peak_memory, reset_peak_memory
 from .methods.none import NoAdapter
 from .methods.optimize import Trace
 from .methods.protocol import Adapter, Change
@@ -31,6 +31,7 @@ from .models.vae import VAE
 from .recorded import CAPTION_LENGTHS, Records
 from .sampler import ContinuationGuidance, SamplerSettings, sample
 from .seeds import normal
+from .transfer import send
 from .window import Window
 
 Progress = Callable[[str, int, int], None]

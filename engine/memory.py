@@ -1,19 +1,9 @@
-"""Memory of a device: sending to it without waiting for it, and the peak of a phase (of the caching allocator on a GPU, of the
-process on a CPU)."""
+"""Peak memory of a phase: of the caching allocator on a GPU, of the process on a CPU."""
 
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-
-def send(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of the CPU on a device, in a dtype, rounded before. A GPU finishes its work before it takes ordinary memory of the
-    CPU, and stands still until there is new work; it takes page-locked memory in its turn."""
-    tensor = tensor.to(dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
 
 _noted = 0
 """The largest peak since the reset that the allocator does not know of."""

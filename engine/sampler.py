@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .flow import NUM_TIMESTEPS, add_noise
-from .memory import send
+from .transfer import send
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor's copy on the device, in order with its work; from ordinary memory a copy would wait until that is done."""
+def send(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of the CPU on a device, in a dtype, rounded before. A GPU finishes its work before it takes ordinary memory of the
+    CPU, and stands still until there is new work; it takes page-locked memory in its turn."""
+    tensor = tensor.to(dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

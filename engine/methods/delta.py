@@ -13,7 +13,7 @@ solves normal equations, in D unknowns or in one for each output of each draw, w
 every site. Both are float32 or wider, added to the network's own output, so d = 0 is exactly the base.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -236,14 +236,15 @@ class DeltaAdapter:
     def cache(self, task: Task) -> list[CachedDraw]:
         """Run the layers once for each draw."""
         assert task.settings.draws != "fresh"
-        return self._cache(task, [task.draw(k) for k in range(task.settings.draws)])
+        return self._cache(task, map(task.draw, range(task.settings.draws)))
 
     def cache_held_out(self, task: Task, draws: int) -> list[CachedDraw]:
         """The same for held-out draws, for early stopping."""
-        return self._cache(task, [task.held_out_draw(k) for k in range(draws)])
+        return self._cache(task, map(task.held_out_draw, range(draws)))
 
     @torch.no_grad()
-    def _cache(self, task: Task, draws: list[Draw]) -> list[CachedDraw]:
+    def _cache(self, task: Task, draws: Iterable[Draw]) -> list[CachedDraw]:
+        """draws: made one by one while the device works on the one before."""
         layers = len(self.model.layers)
 
         @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vidtta.engine.transfer import on_its_way, to_device
+from vidtta.engine.transfer import on_its_way, send
 
 DEVICES = [
     "cpu",
@@ -25,8 +25,8 @@ def test_numbers_are_those_of_when_they_were_asked_for(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_tensor_arrives_whole(device):
     tensor = torch.arange(60.0).view(3, 4, 5).transpose(0, 2)
-    there = to_device(tensor, torch.device(device))
-    assert there.device.type == device and torch.equal(there.cpu(), tensor)
+    there = send(tensor, torch.device(device), torch.float16)
+    assert there.device.type == device and torch.equal(there.cpu(), tensor.half())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -35,7 +35,7 @@ def test_neither_waits_for_the_device():
     torch.cuda.synchronize()
     read = on_its_way([one])
     torch.cuda._sleep(2_000_000_000)  # about a second
-    there = to_device(torch.ones(1000), torch.device("cuda"))
+    there = send(torch.ones(1000), torch.device("cuda"), torch.float32)
     end = torch.cuda.Event()
     end.record()
     assert read() == [1.0]
