@@ -48,12 +48,13 @@ METHODS: dict[str, tuple[AnyMethod, AdaptationSettings]] = {
 """By the name of the full-size row; the last quarter of the layers stands for its last 14 of 56."""
 PATHS = {
     "plain": ("eager", "plain"),
-    "fast": ("fused", "last triton"),
+    "fast": ("fused, not compiled", "last triton"),
     "compiled": ("compiled", "last compiled"),
-    "float8": ("fused, float8", "last triton"),
+    "float8": ("fused, not compiled, float8", "last triton"),
     "float8 alone": ("eager, float8", "plain"),
 }
-"""How the layers are computed, and in which order the VAE keeps its channels, by the last word of a clip's row."""
+"""How the layers are computed, and in which order the VAE keeps its channels, by the last word of a clip's row. fast: what a run takes
+on the cards that were measured (engine/path_table.json)."""
 
 
 @contextmanager

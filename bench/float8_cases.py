@@ -16,8 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from ..engine.models import float8_linear
 from ..engine.models.linear_gelu import linear_gelu
 from ..engine.models.norm_float8_linear import norm_float8_linear, norm_float8_linear_reference
-from ..kernels import gate_residual, norm_modulate, quantize_rows
-from .kernel_cases import SCALE, Case, Inputs, Sizes, randn
+from ..kernels import norm_modulate, quantize_rows
+from .kernel_cases import Case, Inputs, Sizes, randn
 
 # The interpreter's cast to float8 loses the carry into the exponent; the unit tests put torch's in its place.
 INTERPRETED = isinstance(quantize_rows._quantize_kernel, InterpretedFunction)
@@ -85,54 +85,6 @@ def norm_quantize_cases(s: Sizes) -> Iterator[Case]:
                     (norm_modulate, {"WARPS": 2 if rank else 8}),
                     (norm_modulate, {"BLOCK_D": 256}),
                     *([] if rank else [(norm_modulate, {"BLOCK_N": 8, "BLOCK_D": 2048, "WARPS": 8})]),
-                ),
-                compile=False,
-            )  # fmt: skip
-
-
-def residual_cases(s: Sizes) -> Iterator[Case]:
-    """The gated residual that writes x and its rows in float8, from window order, alone and with the projection's low-rank addition."""
-    if INTERPRETED:
-        return
-    for name, B, grid in s.batches:
-        for rank in (0, s.rank):
-            N, D = grid.tokens, s.dim
-
-            def make(
-                device: torch.device, dtype: torch.dtype, B: int = B, N: int = N, D: int = D, r: int = rank
-            ) -> Inputs:
-                x, a, gate = (randn(device, dtype, B, n, D) for n in (N, N, 1))
-                if not r:
-                    return [x, a, gate]
-                weight, bias = randn(device, dtype, D, D, scale=D**-0.5), randn(device, dtype, D)
-                down, up = randn(device, dtype, r, D, scale=D**-0.5), randn(device, dtype, D, r, scale=r**-0.5)
-                return [x, a, weight, bias, down, up, gate]
-
-            def with_scale(function, *t: Tensor, grid=grid, rank=rank):
-                return function(*t[:-1], *[SCALE] * bool(rank), t[-1], grid)
-
-            plain, ours, exact = (
-                (gate_residual.lora_gate_residual, gate_residual.lora_gate_residual_quantized, gate_residual.lora_gate_residual_reference)
-                if rank
-                else (gate_residual.gate_residual, gate_residual.gate_residual_quantized, gate_residual.gate_residual_reference)
-            )  # fmt: skip
-
-            def reference(*t: Tensor, with_scale=with_scale, exact=exact):
-                out = with_scale(exact, *t)
-                values, scales = quantize_rows.quantize_rows_reference(out)
-                return out, subtractable(values, out), scales
-
-            def apart(*t: Tensor, with_scale=with_scale, plain=plain):
-                return quantize_rows.quantize_rows(with_scale(plain, *t))
-
-            yield Case(
-                f"{'lora_' * bool(rank)}gate_residual_quantized", name, make, reference,
-                {"triton": lambda *t, f=with_scale, ours=ours: f(ours, *t)},
-                (B * N * (7 * D + 4) + (2 * D * D if rank else 0), 2 * B * N * D * (D + 2 * rank) if rank else 0),
-                floors={"without float8": lambda *t, f=with_scale, plain=plain: f(plain, *t), "then quantise": apart},
-                variants=tuple(
-                    (gate_residual, {"QUANTIZED_BLOCKS": blocks})
-                    for blocks in ((8, 128, 4), (2, 128, 4), (4, 256, 4), (4, 2048, 8), (16, 256, 8))
                 ),
                 compile=False,
             )  # fmt: skip
@@ -216,4 +168,4 @@ def norm_linear_cases(s: Sizes) -> Iterator[Case]:
             )  # fmt: skip
 
 
-float8_cases = (quantize_cases, norm_quantize_cases, residual_cases, linear_cases, norm_linear_cases)
+float8_cases = (quantize_cases, norm_quantize_cases, linear_cases, norm_linear_cases)

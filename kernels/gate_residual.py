@@ -4,9 +4,7 @@
 `lora_gate_residual`  output projection, low-rank addition, gate and residual: the library's product a W^T + b, a skinny product
                       z = a A^T, and one pass x + gate * (h + z (s B)^T). Its backward makes [dh, dz] in one pass, dh = gate * dout
                       in window order and dz = dh (s B), so that the gradient of a is one product, [dh, dz] [W; A].
-`..._quantized`       either, and beside x its rows in float8 (quantize_rows.py) for the product that follows; without gradients.
-Axes: B samples, N tokens, D outputs, K inputs of the projection, R columns that a rank takes (common.padded_rank),
-P columns of a row in float8.
+Axes: B samples, N tokens, D outputs, K inputs of the projection, R columns that a rank takes (common.padded_rank).
 """
 
 # pyright: reportUnboundVariable=false, reportGeneralTypeIssues=false
@@ -21,17 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_sums import column_sums
-from .common import SMALLEST_DOT, block_for, cdiv, check, check_runs, jit, padded_rank
+from .common import block_for, cdiv, check, check_runs, jit, padded_rank
 from .lora_linear import outer_product, scaled_up, skinny_product
-from .quantize_rows import LARGEST, SMALLEST, padded, row_scale
 from .windows import WINDOW, Grid, ungroup_windows, window_row
 
 BLOCK_N = 32
 BLOCK_D = 128
 MOST_PARTS = 4  # that a projection's rows come in: as many as a grid has regions of equal windows
-QUANTIZED_BLOCKS = (4, 128, 4)
-"""Rows, channels at a time and warps of a program that writes float8: it goes through its rows twice, so they should stay in the cache.
-With a low-rank addition at least 16 rows, as tl.dot takes no fewer."""
 
 
 def gate_residual_reference(x: Tensor, h: Tensor, gate: Tensor, windows: Grid | None = None) -> Tensor:
@@ -63,10 +57,13 @@ def _rows(N, BLOCK_N: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, CO
 
 
 @jit
-def _sum(
-    x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, row, of_h, real, d, rank, D: tl.constexpr, R: tl.constexpr,
+def _forward_kernel(
+    x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, out_ptr, N, rank,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """x + gate * h, with its low-rank addition, in one block of channels; float32, zero outside."""
+    row, of_h, real = _rows(N, BLOCK_N, FRAMES, ROWS, COLS, WINDOW)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = real & (d < D)
     x = tl.load(x_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + of_h * D + d, mask=inside, other=0.0).to(tl.float32)
@@ -76,42 +73,7 @@ def _sum(
         z = tl.load(z_ptr + of_h * R + r, mask=real, other=0.0)
         up = tl.load(up_ptr + d[None, :] * rank + r[:, None], mask=(d < D)[None, :] & (r < rank)[:, None], other=0.0)
         h += tl.dot(z, up, input_precision="ieee")
-    return x + gate * h
-
-
-@jit
-def _forward_kernel(
-    x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, out_ptr, N, rank,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    row, of_h, real = _rows(N, BLOCK_N, FRAMES, ROWS, COLS, WINDOW)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    out = _sum(x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, row, of_h, real, d, rank, D, R)
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=real & (d < D))
-
-
-@jit
-def _quantized_kernel(
-    x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, out_ptr, values_ptr, scales_ptr, N, rank,
-    D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    row, of_h, real = _rows(N, BLOCK_N, FRAMES, ROWS, COLS, WINDOW)
-    largest = tl.zeros((BLOCK_N,), tl.float32)
-    for start in tl.static_range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        out = _sum(x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, row, of_h, real, d, rank, D, R).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * D + d, out, mask=real & (d < D))
-        largest = tl.maximum(largest, tl.max(tl.abs(out.to(tl.float32)), 1))
-    inverse, scale = row_scale(largest, MOST, LEAST)
-    tl.store(scales_ptr + row, scale[:, None], mask=real)
-    for start in tl.static_range(0, P, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        out = _sum(x_ptr, h_ptr, gate_ptr, z_ptr, up_ptr, row, of_h, real, d, rank, D, R).to(out_ptr.dtype.element_ty)
-        values = (out.to(tl.float32) * inverse[:, None]).to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + row * P + d, values, mask=real & (d < P))
+    tl.store(out_ptr + row * D + d, (x + gate * h).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -148,11 +110,10 @@ def _backward_kernel(
         tl.store(dh_ptr + of_h * (D + R) + D + r, dz.to(dh_ptr.dtype.element_ty), mask=real)
 
 
-def _options(D: int, windows: Grid | None, blocks: tuple[int, int, int] | None = None) -> dict[str, int]:
+def _options(D: int, windows: Grid | None) -> dict[str, int]:
     frames, rows, cols = windows or (1, 1, 1)
-    rows_each, channels, warps = blocks or (BLOCK_N, BLOCK_D, 4)
     return {
-        "D": D, "BLOCK_N": rows_each, "BLOCK_D": block_for(D, channels), "num_warps": warps,
+        "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": block_for(D, BLOCK_D), "num_warps": 4,
         "FRAMES": frames, "ROWS": rows, "COLS": cols, "WINDOW": WINDOW if windows else 0,
     }  # fmt: skip
 
@@ -182,34 +143,6 @@ def _backward(
         R=R, GATE=h is not None, **_options(D, windows),
     )  # fmt: skip
     return dh, None if h is None else column_sums(parts, gate.dtype).unsqueeze(1)
-
-
-@torch.library.custom_op("vidtta::gate_residual_quantized", mutates_args=())
-def _quantized(
-    x: Tensor, h: Tensor, gate: Tensor, z: Tensor | None, up: Tensor | None, windows: list[int] | None, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, D = x.shape
-    out, values, scales = _quantized_room(x, multiple)
-    R, rank = (0, 0) if z is None or up is None else (z.shape[1], up.shape[1])
-    rows_each, channels, warps = QUANTIZED_BLOCKS
-    blocks = max(rows_each, SMALLEST_DOT) if R else rows_each, channels, warps
-    options = _options(D, None if windows is None else Grid(*windows), blocks)
-    _quantized_kernel[(cdiv(N, blocks[0]), B)](
-        x, h, gate, x if z is None else z, x if up is None else up, out, values, scales, N, rank,
-        R=R, P=values.shape[2], MOST=LARGEST, LEAST=SMALLEST, **options,
-    )  # fmt: skip
-    return out, values, scales
-
-
-def _quantized_room(x: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, D = x.shape
-    values = x.new_empty(B, N, padded(D, multiple), dtype=torch.float8_e4m3fn)
-    return torch.empty_like(x), values, x.new_empty(B, N, 1, dtype=torch.float32)
-
-
-@_quantized.register_fake
-def _(x: Tensor, h: Tensor, gate: Tensor, z: Any, up: Any, windows: Any, multiple: int):
-    return _quantized_room(x, multiple)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -314,19 +247,6 @@ def gate_residual(x_BND: Tensor, h_BND: Tensor, gate_B1D: Tensor, windows: Grid 
     return _GateResidual.apply(x_BND, h_BND, gate_B1D, windows)  # type: ignore[return-value]
 
 
-def gate_residual_quantized(
-    x_BND: Tensor, h_BND: Tensor, gate_B1D: Tensor, windows: Grid | None = None, multiple: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`gate_residual`, and its rows as `quantize_rows` gives them: values [B, N, P] float8_e4m3fn and scales [B, N, 1] float32 of the
-    result as it is stored. P: the next multiple of `multiple` from D on. Without gradients. Raises as `gate_residual` does.
-    """
-    name = "gate_residual_quantized"
-    check_runs(name, x_BND, h_BND, gate_B1D)
-    _check_rows(name, x_BND, h_BND, "h", x_BND.shape[2], gate_B1D, windows)
-    grid = None if windows is None else list(windows)
-    return _quantized(x_BND.contiguous(), h_BND.contiguous(), gate_B1D.contiguous(), None, None, grid, multiple)
-
-
 def lora_gate_residual(
     x_BND: Tensor,
     a_BNK: Tensor | Sequence[Tensor],
@@ -351,25 +271,3 @@ def lora_gate_residual(
     return _LoRAGateResidual.apply(  # type: ignore[return-value]
         x_BND, weight_DK, bias_D, down_rK, up_Dr, scale, gate_B1D, windows, *parts, *missing
     )
-
-
-def lora_gate_residual_quantized(
-    x_BND: Tensor,
-    a_BNK: Tensor | Sequence[Tensor],
-    weight_DK: Tensor,
-    bias_D: Tensor,
-    down_rK: Tensor,
-    up_Dr: Tensor,
-    scale: float,
-    gate_B1D: Tensor,
-    windows: Grid | None = None,
-    multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`lora_gate_residual`, and its rows in float8 as `gate_residual_quantized` gives them. Without gradients."""
-    name = "lora_gate_residual_quantized"
-    parts = [a_BNK] if isinstance(a_BNK, Tensor) else list(a_BNK)
-    _check_projection(name, x_BND, parts, weight_DK, bias_D, down_rK, up_Dr, gate_B1D, windows)
-    rows, low = _joined(parts), down_rK.to(x_BND.dtype)
-    h, z = F.linear(rows, weight_DK, bias_D), skinny_product(rows, low.T)
-    high, grid = scaled_up(up_Dr.detach(), scale, x_BND.dtype), None if windows is None else list(windows)
-    return _quantized(x_BND.contiguous(), h, gate_B1D.contiguous(), z, high, grid, multiple)

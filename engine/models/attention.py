@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...kernels.attention import attend as attend_by
 from ...kernels.caption_attention import caption_attention
 from .float8 import Linear
-from .float8_linear import Rows
 from .geometry import WINDOW, Geometry
 from .rope import apply_rope
 
@@ -219,11 +218,8 @@ class CrossAttention(nn.Module):
         known_text: LayerText | None,
         geometry: Geometry,
         backends: Backends = DEFAULT,
-        rows: Rows | None = None,
     ) -> Tensor:
-        """rows: x in float8, where queries are computed in it and it is there already."""
-        q = self.q_linear(x_BND) if rows is None else self.q_linear(x_BND, rows)
-        q = q.unflatten(-1, (self.heads, -1))
+        q = self.q_linear(x_BND).unflatten(-1, (self.heads, -1))
         others = known_text if geometry.known else None
         if backends.cross == "triton" and text.mask is None and (others is None or others.mask is None):
             keys, values, split = (

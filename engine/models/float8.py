@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .float8_linear import Rows, float8_linear, float8_linear_reference, quantize_weight
+from .float8_linear import float8_linear, float8_linear_reference, quantize_weight
 from .norm_float8_linear import add_norm_float8_linear
 
 if TYPE_CHECKING:
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from .stdit3 import STDiT3
 
 LINEARS = ("attn.qkv", "cross_attn.q_linear", "mlp.fc1", "mlp.fc2")
-"""In float8 in sampling. A float8 product of 54,000 tokens saves 0.18 ms for qkv on an H100, 0.24 for fc1, 0.32 for fc2 and 0.05 for each
-square one; a pass that quantises 1,152 columns takes 0.07, unless the kernel before a product writes its rows so. So attn.proj and
-cross_attn.proj, behind attention's kernels, would lose."""
+"""In float8 in sampling. Of 54,000 tokens on an H200, with what quantises: the norm and qkv take 0.55 ms instead of 0.74, the norm and fc1
+0.69 instead of 0.96, fc2 with its activation 0.79 instead of 1.0, a square product 0.18 instead of 0.20. A step with the caption's
+queries so was the fastest; with the two output projections too it was no faster and lay further off (bench.float8_sets)."""
 LEARNING = ("mlp.fc1", "mlp.fc2")
 """In float8 in steps and features too, with `all`. qkv would lose with a low-rank addition, which is one product with it in 16 bits;
-cross_attn.q_linear without the kernel that writes its rows, which has no gradients."""
+the square ones gain too little (bench.float8_sets)."""
 CAPABILITY = (8, 9)  # of the first cards with float8 products
 FARTHEST = 0.02  # relative, of a product on this card from the reference's: half a step of bfloat16, and other sums
 
@@ -86,15 +86,12 @@ class Linear(nn.Linear):
 
     float8: Copy | None = None
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """rows: x in float8, where the layer computes in it and they are there already."""
-        if in_float8(self, x):
-            return self.product(x, rows=rows)
-        return super().forward(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if in_float8(self, x) else super().forward(x)
 
-    def product(self, x: Tensor, gelu: bool = False, rows: Rows | None = None) -> Tensor:
+    def product(self, x: Tensor, gelu: bool = False) -> Tensor:
         """The layer of x, or of gelu(x), in float8."""
-        return float8_linear(x, *self.parts(), gelu, rows)
+        return float8_linear(x, *self.parts(), gelu)
 
     def product_of_norm(
         self, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor, down: Tensor | None = None

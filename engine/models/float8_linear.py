@@ -1,10 +1,10 @@
 """A linear layer in float8: e4m3 rows times e4m3 output channels, summed, scaled and rounded once to x's dtype.
 
-On a GPU the library's product with a scale a row (torch._scaled_mm) of x's rows: where the kernel before the layer wrote them in float8
-they are given, else one pass quantises x, or its GELU (kernels/quantize_rows.py); elsewhere a reference that quantises, dequantises and
-multiplies in float32. The weight is frozen; the gradient of x is that of the unrounded layer, dy W with W in 16 bits: rounding has no
-useful derivative, and a float8 product would need scales along its sum and a transposed copy of every weight. Widths that are no
-multiples of 16 are padded with zeros, in x and W alike. An operator of its own, so that a compiler need not know the library's call.
+On a GPU one pass quantises x, or its GELU (kernels/quantize_rows.py), and the library multiplies with a scale a row (torch._scaled_mm);
+elsewhere a reference quantises, dequantises and multiplies in float32. The weight is frozen; the gradient of x is that of the unrounded
+layer, dy W with W in 16 bits: rounding has no useful derivative, and a float8 product would need scales along its sum and a transposed
+copy of every weight. Widths that are no multiples of 16 are padded with zeros, in x and W alike. An operator of its own, so that a
+compiler need not know the library's call.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -83,24 +83,17 @@ def product(
     return flat.view(*rows.shape[:-1], -1)
 
 
-Rows = tuple[Tensor, Tensor]
-"""What enters a layer, in float8: values [..., P] and scales [..., 1], as `quantize_rows` writes them with MULTIPLE."""
-
-
 @torch.library.custom_op("vidtta::float8_linear", mutates_args=())
 def _float8_linear(
-    x: Tensor, rows: Tensor | None, row_scales: Tensor | None, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor,
-    gelu: bool,
+    x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool
 ) -> Tensor:  # fmt: skip
-    if rows is not None and row_scales is not None:
-        return product(rows, row_scales, values, scales, bias, x.dtype)
     if not x.is_cuda:
         return float8_linear_reference(x, values, scales, bias, gelu)
     return product(*quantize_rows(x, gelu, MULTIPLE), values, scales, bias, x.dtype)
 
 
 @_float8_linear.register_fake
-def _(x: Tensor, rows: Any, row_scales: Any, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool):
+def _(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor, weight: Tensor, gelu: bool):
     return x.new_empty(*x.shape[:-1], bias.shape[0])
 
 
@@ -114,7 +107,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dy @ weight
     if x is not None:
         dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
-    return dx, *[None] * 7
+    return dx, *[None] * 5
 
 
 _float8_linear.register_autograd(_backward, setup_context=_setup)
@@ -127,13 +120,12 @@ def float8_linear(
     bias: Tensor,
     weight: Tensor,
     gelu: bool = False,
-    rows: Rows | None = None,
 ) -> Tensor:
     """x W^T + b, or gelu(x) W^T + b (tanh), in float8, [..., N] of x's dtype; differentiable in x: W and b are frozen.
 
     x: [..., K], bfloat16 on a GPU, of any number of rows. values, scales: of W, from `quantize_weight`. bias: [N] and weight: W [N, K],
-    both of x's dtype; the weight is read by the backward alone. rows: x in float8, where it is that already; not with gelu.
-    Raises ValueError where shapes disagree, or where a gradient is asked for that there is not.
+    both of x's dtype; the weight is read by the backward alone. Raises ValueError where shapes disagree, or where a gradient is asked
+    for that there is not.
     """
     N, K = weight.shape
     Q, P = padded(N, MULTIPLE), padded(K, MULTIPLE)
@@ -142,14 +134,8 @@ def float8_linear(
         f"float8_linear: x, values, scales and bias are {list(x.shape)}, {list(values.shape)}, {list(scales.shape)} and "
         f"{list(bias.shape)}; weight {[N, K]} needs [..., {K}], {[Q, P]}, {[Q, 1]} and {[N]}",
     )
-    quantized, row_scales = rows or (None, None)
-    check(
-        quantized is None or (not gelu and quantized.shape == (*x.shape[:-1], P)),
-        f"float8_linear: rows are {quantized is not None and list(quantized.shape)}, x {list(x.shape)} needs "
-        f"{[*x.shape[:-1], P]}, and none with gelu",
-    )
     check(
         not (torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)),
         "float8_linear: weight and bias must be frozen; to train them use F.linear",
     )
-    return _float8_linear(x, quantized, row_scales, values, scales, bias, weight, gelu)
+    return _float8_linear(x, values, scales, bias, weight, gelu)

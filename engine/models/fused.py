@@ -9,9 +9,8 @@
     full fine-tuning: norm and its linear layer      the norm again in the backward          kernels/norm_linear.py
                       GELU and its linear layer      GELU again in the backward              gelu_linear.py
 
-In float8 (float8.py) the norm writes its rows in float8 for the product that follows (norm_float8_linear.py), the gated residual those
-of x for the caption's queries in sampling, and an MLP's hidden state is quantised in one pass with the activation; a low-rank
-addition then joins in a product of its own.
+In float8 (float8.py) the norm writes its rows in float8 for the product that follows (norm_float8_linear.py), and an MLP's hidden state
+is quantised in one pass with the activation; a low-rank addition then joins in a product of its own.
 
 What the MLP's norm reads is x and what cross-attention gives, summed there. Each norm gives back the stream that it read, so that in the
 backward the gradient that comes along it joins the norm's own in one pass.
@@ -29,9 +28,7 @@ from torch import Tensor, nn
 from ...kernels.common import MAX_RANK
 from ...kernels.gate_residual import (
     gate_residual,
-    gate_residual_quantized,
     lora_gate_residual,
-    lora_gate_residual_quantized,
 )
 from ...kernels.lora_linear import lora_linear_extended
 from ...kernels.norm_linear import add_norm_linear
@@ -41,7 +38,6 @@ from ...kernels.windows import Grid, split_windows
 from .again import Again, again
 from .attention import DEFAULT, Backends, LayerText, SelfAttention, attend
 from .float8 import Linear, in_float8
-from .float8_linear import MULTIPLE
 from .gelu_linear import gelu_linear
 from .geometry import Geometry
 from .lora_linear import LoRALinear
@@ -69,12 +65,8 @@ def fused_layer(
         a = again(_self_attention, attn, qkv, geometry, grid, backends)
     else:
         a = _self_attention(attn, qkv, geometry, grid, backends)
-    if in_float8(_frozen(layer.cross_attn.q_linear), x) and not torch.is_grad_enabled():
-        x, values, scales = _added_quantized(x, a, attn.proj, gate_a, grid)
-        h = layer.cross_attn(x, text, known_text, geometry, backends, (values, scales))
-    else:
-        x = _added(x, a, attn.proj, gate_a, grid)
-        h = layer.cross_attn(x, text, known_text, geometry, backends)
+    x = _added(x, a, attn.proj, gate_a, grid)
+    h = layer.cross_attn(x, text, known_text, geometry, backends)
     hidden = not _trained(layer.mlp.fc2) and ("hidden" in remade or ("half_hidden" in remade and attn.windowed))
     if hidden:
         x, h = x + h, None  # what is made again is made of the sum, so that it is kept and not its two terms
@@ -176,15 +168,3 @@ def _added(x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid
         return lora_gate_residual(x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid)
     # Also where a rank is more than the kernel takes.
     return gate_residual(x, proj(_joined(a, len(x))), gate, grid)
-
-
-def _added_quantized(
-    x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_added`, without gradients, and beside it its rows in float8."""
-    if isinstance(proj, LoRALinear) and proj.extended is not None and not in_float8(proj.base, x):
-        base = proj.base
-        return lora_gate_residual_quantized(
-            x, a, base.weight, base.bias, proj.A, proj.B, proj.scale, gate, grid, MULTIPLE
-        )
-    return gate_residual_quantized(x, proj(_joined(a, len(x))), gate, grid, MULTIPLE)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ...kernels.lora_linear import extend_weight, write_up
 from .float8 import in_float8
-from .float8_linear import Rows
 
 
 class LoRALinear(nn.Module):
@@ -59,10 +58,9 @@ class LoRALinear(nn.Module):
         rows, z, up = y.flatten(0, -2), low.flatten(0, -2), self.B.to(y.dtype)
         return torch.addmm(rows, z, up.T, alpha=self.scale).view(y.shape)
 
-    def forward(self, x: Tensor, rows: Rows | None = None) -> Tensor:
-        """rows: as `Linear.forward` takes them."""
+    def forward(self, x: Tensor) -> Tensor:
         if in_float8(self.base, x):
-            return self.joined(self.base(x, rows), F.linear(x, self.A.to(x.dtype)))
+            return self.joined(self.base(x), F.linear(x, self.A.to(x.dtype)))
         if self.extended is not None:
             return _Extended.apply(x, self.extended, self.base.bias, self.A, self.B, self.scale)  # type: ignore[return-value]
         return self.base(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))

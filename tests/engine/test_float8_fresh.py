@@ -39,12 +39,12 @@ def test_which_work_is_in_float8(name: str, where: Any, monkeypatch: pytest.Monk
     seen: set[tuple[str, bool, bool]] = set()
     forward = Linear.forward
 
-    def watched(self: Linear, x: Tensor, rows: Any = None) -> Tensor:
+    def watched(self: Linear, x: Tensor) -> Tensor:
         if self.float8 is not None:
             sampling = x.shape[1] > KNOWN_TOKENS
             work = "sampling" if sampling else "training" if torch.is_grad_enabled() else "features"
             seen.add((work, id(self) in learning, float8_module.in_float8(self, x)))
-        return forward(self, x, rows)
+        return forward(self, x)
 
     monkeypatch.setattr(Linear, "forward", watched)
     adapter = METHODS[name].attach(experiment.dit, 0)

@@ -5,13 +5,10 @@ import torch
 from torch import Tensor
 from vidtta.kernels.gate_residual import (
     gate_residual,
-    gate_residual_quantized,
     gate_residual_reference,
     lora_gate_residual,
-    lora_gate_residual_quantized,
     lora_gate_residual_reference,
 )
-from vidtta.kernels.quantize_rows import quantize_rows_reference
 from vidtta.kernels.windows import Grid
 
 from tests.kernels.accuracy import DEVICE, check, compiled, every_dtype, every_mode, rand
@@ -99,28 +96,6 @@ def test_the_projections_rows_may_come_in_parts(dtype, mode):
     assert all(map(torch.equal, [*apart, torch.cat([first.flatten(0, 1), second.flatten(0, 1)])], together))
     assert first.shape == parts[0].shape
     assert mode == "compiled" or (a.shape not in kept and all(part.shape in kept for part in parts))
-
-
-@every_mode
-@every_dtype
-@pytest.mark.usefixtures("float8_cast")
-@pytest.mark.parametrize(("case", "rank"), [((2, Grid(1, 9, 3), 37), 3), ((1, Grid(1, 1, 5), 1152), 0)], ids=str)
-def test_rows_in_float8_are_those_of_the_result(case, rank, dtype, mode):
-    """From window order; the result is to the bit that without them."""
-    B, grid, D = case
-    x, a = (rand(B, grid.tokens, D, dtype=dtype, seed=s) for s in range(2))
-    gate, projection = rand(B, 1, D, dtype=dtype, seed=3), []
-    if rank:
-        projection = [rand(D, D, dtype=dtype, seed=4), rand(D, dtype=dtype, seed=5)]
-        projection += [rand(rank, D, dtype=dtype, seed=6), rand(D, rank, dtype=dtype, seed=7), SCALE]
-    plain, quantized = (
-        (lora_gate_residual, lora_gate_residual_quantized) if rank else (gate_residual, gate_residual_quantized)
-    )
-    function = quantized if mode == "eager" else compiled(quantized)
-    out, *rows = function(x, a, *projection, gate, grid, 16)
-    assert torch.equal(out, plain(x, a, *projection, gate, grid))  # type: ignore[arg-type]
-    for ours, reference in zip(rows, quantize_rows_reference(out, multiple=16), strict=True):
-        assert torch.equal(ours.float(), reference.float())
 
 
 def test_a_frozen_gate_keeps_nothing_of_the_branch():

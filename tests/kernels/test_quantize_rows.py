@@ -221,20 +221,6 @@ def test_the_gradient_of_x_is_that_of_the_unrounded_layer(dtype, mode, gelu):
     torch.testing.assert_close(again, found)
 
 
-def test_rows_that_are_in_float8_already_are_taken_as_they_are():
-    x, values, scales, bias, weight = layer((9, 37, 39), PRODUCT_DTYPES[-1])
-    rows, dy = quantize_rows(x, multiple=MULTIPLE), rand(9, 39, dtype=x.dtype, seed=3)
-    leaf = x.clone().requires_grad_()
-    found = float8_linear(leaf, values, scales, bias, weight, rows=rows)
-    torch.testing.assert_close(found, float8_linear(x, values, scales, bias, weight))
-    torch.testing.assert_close(torch.autograd.grad(found, leaf, dy)[0], dy @ weight)
-    doubled = float8_linear(x, values, scales, torch.zeros_like(bias), weight, rows=(rows[0], 2 * rows[1]))
-    torch.testing.assert_close(doubled + bias, 2 * found - bias, rtol=1e-2, atol=5e-2)
-    for wrong in ({"rows": (rows[0][:, :32], rows[1])}, {"rows": rows, "gelu": True}):
-        with pytest.raises(ValueError, match="needs \\[9, 48\\], and none with gelu"):
-            float8_linear(x, values, scales, bias, weight, **wrong)
-
-
 # Of the schema it cannot: it multiplies every input by a number, which torch does not do in float8.
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
@@ -242,7 +228,7 @@ CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_st
 def test_the_operator_is_one_that_a_compiler_may_trust():
     x, values, scales, bias, weight = layer((9, 48, 144), PRODUCT_DTYPES[0])
     for gelu in (False, True):
-        inputs = (x.clone().requires_grad_(), None, None, values, scales, bias, weight, gelu)
+        inputs = (x.clone().requires_grad_(), values, scales, bias, weight, gelu)
         torch.library.opcheck(float8_linear_module._float8_linear, inputs, test_utils=CHECKS)
 
 
