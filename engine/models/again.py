@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-T = TypeVar("T", Tensor, tuple[Tensor, Tensor])
+T = TypeVar("T", Tensor, list[Tensor], tuple[Tensor, Tensor])
 Again = Literal["rotation", "hidden", "half_hidden"]
 
 _aten = torch.ops.aten
