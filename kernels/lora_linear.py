@@ -88,10 +88,10 @@ def _product_kernel(
 
 @jit
 def _outer_kernel(
-    x_ptr, z_ptr, out_ptr, M, D, STRIDE_X, STRIDE_Z, rows_each, factor,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, z_ptr, out_ptr, M, D, STRIDE_X, STRIDE_Z, rows_each,
+    FACTOR: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Part of factor * sum over m of x[m, d] z[m, r], [D, R], over `rows_each` rows."""
+    """Part of FACTOR * sum over m of x[m, d] z[m, r], [D, R], over `rows_each` rows. A constant: compiled code would give a float64."""
     split = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, R)
@@ -101,7 +101,7 @@ def _outer_kernel(
         x = tl.load(x_ptr + m[:, None] * STRIDE_X + d, mask=(m[:, None] < M) & (d < D), other=0.0)
         z = tl.load(z_ptr + m[:, None] * STRIDE_Z + r, mask=m[:, None] < M, other=0.0)
         total += tl.dot(tl.trans(x), z, input_precision="ieee")
-    tl.store(out_ptr + (split * D + d[:, None]).to(tl.int64) * R + r, factor * total, mask=d[:, None] < D)
+    tl.store(out_ptr + (split * D + d[:, None]).to(tl.int64) * R + r, FACTOR * total, mask=d[:, None] < D)
 
 
 def skinny_product(x_MK: Tensor, w_Kr: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def outer_product(x_MD: Tensor, z_MR: Tensor, factor: float = 1.0) -> Tensor:
     rows_each = cdiv(cdiv(M, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     parts = x_MD.new_empty(splits, D, R, dtype=torch.float32)
     _outer_kernel[(across, splits)](
-        x_MD, z_MR, parts, M, D, x_MD.stride(0), z_MR.stride(0), rows_each, float(factor), R=R, **blocks
+        x_MD, z_MR, parts, M, D, x_MD.stride(0), z_MR.stride(0), rows_each, FACTOR=float(factor), R=R, **blocks
     )
     return column_sums(parts.flatten(1)).view(D, R)
 

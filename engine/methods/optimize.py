@@ -145,11 +145,11 @@ def optimize(
         assert held_out is not None, "early stopping needs a held-out loss"
         best = BestStep(settings.early_stopping, held_out, masters.tensors)
         trace.held_out = best.losses
-    take = descend(0) if descend is not None else None
     try:
+        take = descend(0) if descend is not None else None
         for step in range(settings.steps):
             if take is not None:
-                value = take()
+                value, take = take(), None  # which would keep the gradients that it gave beside those asked for next
             else:
                 value = loss(step)
                 (value if penalty is None else value + penalty()).backward()

@@ -156,9 +156,8 @@ def _self_attention(
 
 def _joined(parts: list[Tensor], samples: int) -> Tensor:
     """As [B, N, D]."""
-    return (
-        parts[0] if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts]).unflatten(0, (samples, -1))
-    )
+    rows = [part.flatten(0, 1) for part in parts]
+    return (torch.cat(rows) if len(rows) > 1 else rows[0]).unflatten(0, (samples, -1))
 
 
 def _added(x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:

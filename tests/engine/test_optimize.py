@@ -1,6 +1,7 @@
 """AdamW on float32 masters, against the algorithm written out in float64."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -253,6 +254,59 @@ def test_a_step_is_asked_for_before_the_last_ones_numbers_are_read(monkeypatch):
         "ask 0", "take 0", "ask 1", "read", "on_step 0", "take 1", "ask 2", "read", "on_step 1", "take 2", "read", "on_step 2",
     ]  # fmt: skip
     assert torch.equal(weight, other) and trace.losses == pytest.approx(truth.losses)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_fails_while_a_step_is_asked_for_leaves_no_gradient(failing):
+    """As memory that ends in the middle of a backward pass does; the clip is then tried again, and would add to what is there."""
+    (weight,), (other,) = parameters(torch.float32), parameters(torch.float32)
+
+    def descend(step: int):
+        weight.grad = gradients(step, 1)[0].float()
+        if step == failing:
+            raise MemoryError
+        gradient, weight.grad = weight.grad, None
+
+        def take() -> Tensor:
+            weight.grad = gradient
+            return (weight.detach() * gradient).sum()
+
+        return take
+
+    def launched(step: int) -> Tensor:
+        return linear_loss([weight], step)
+
+    settings = AdamW(steps=2, lr=1e-2)
+    with pytest.raises(MemoryError):
+        optimize(Masters([weight]), settings, launched, descend=descend)
+    assert weight.grad is None
+    with torch.no_grad():
+        weight.copy_(other)
+    optimize(Masters([weight]), settings, launched)
+    optimize(Masters([other]), settings, lambda step: linear_loss([other], step))
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("path", ["plain", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_let_go_before_the_next_are_asked_for(dtype, path):
+    """Of all parameters they are 2.25 GiB at full size, which would lie beside the record that is then made."""
+    (weight,) = parameters(dtype)
+    held: list[weakref.ref[Tensor]] = []
+
+    def descend(step: int):
+        assert [step for step, gradient in enumerate(held) if gradient() is not None] == []
+        gradient = gradients(step, 1)[0].to(dtype)
+        held.append(weakref.ref(gradient))
+
+        def take() -> Tensor:
+            weight.grad = gradient
+            return gradient.float().sum()
+
+        return take
+
+    optimize(Masters([weight], path=path), AdamW(steps=3), lambda step: linear_loss([weight], step), descend=descend)
+    assert len(held) == 3
 
 
 def test_trace_holds_each_step():

@@ -37,15 +37,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def velocities(model: STDiT3, length: int) -> Tensor:
-    """Three branches of one step; rows and columns that leave a strip beside the whole windows."""
-    latents = noise(0, 1, 16, 5, 18, 6)
+def velocities(model: STDiT3, length: int, size: tuple[int, int] = (18, 6)) -> Tensor:
+    """Three branches of one step; by default rows and columns that leave a strip beside the whole windows."""
+    latents = noise(0, 1, 16, 5, *size).to(model.device)
     mask = torch.zeros_like(latents)
     mask[:, :, :2] = 1
-    geometry = model.geometry(5, (18, 6), (480, 640), (0, 1))
+    geometry, caption = model.geometry(5, size, (480, 640), (0, 1)), Caption(noise(3, 1, length, 16)).to(model.device)
     with torch.no_grad():
-        denoiser = Denoiser(model, geometry, 24.0, Caption(noise(3, 1, length, 16)), Condition(latents * mask, mask))
-        return torch.cat(denoiser(noise(1, *latents.shape), torch.tensor(500.0), all_branches=True))
+        denoiser = Denoiser(model, geometry, 24.0, caption, Condition(latents * mask, mask))
+        start, t = noise(1, *latents.shape).to(model.device), torch.tensor(500.0, device=model.device)
+        return torch.cat(denoiser(start, t, all_branches=True))
 
 
 def test_captions_of_five_lengths_share_one_graph_of_each_kind_of_layer():
@@ -56,6 +57,38 @@ def test_captions_of_five_lengths_share_one_graph_of_each_kind_of_layer():
     for n, expected in zip(lengths, plain, strict=True):
         torch.testing.assert_close(velocities(model, n), expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+@pytest.mark.parametrize("method", ["none", "lora", "lora in the mlp", "full"])
+@pytest.mark.parametrize("size", [(16, 32), (18, 20), (4, 6)], ids=str)
+def test_layers_on_the_kernels_are_the_plain_ones(size: tuple[int, int], method: str):
+    """Whole windows alone, several of them; windows of four sizes; one that is less than whole. Velocities of a batch, or a loss and
+    its gradients."""
+    model, triton = tiny_dit(depth=1).to(DEVICE), Paths(kernels="triton")
+    use_paths(model, triton)
+    parameters: list[nn.Parameter] = []
+    if method == "full":
+        parameters = FullFineTuning().attach(model, 0).masters.parameters
+    elif method != "none":
+        targets = ("mlp.fc1",) if method == "lora in the mlp" else ("attn.qkv", "attn.proj")
+        adapter = LoRA(rank=4, targets=targets).attach(model, 0)
+        with torch.no_grad():
+            for i, one in enumerate(adapter.adapters.values()):
+                one.B.copy_(0.1 * noise(i + 10, *one.B.shape))
+        adapter.masters.publish()
+        parameters = adapter.masters.parameters
+    task = tiny_task(model, latents=noise(0, 1, 16, 4, *size).to(DEVICE))
+    found = []
+    for paths in (None, triton):
+        use_paths(model, paths)
+        if not parameters:
+            found.append([velocities(model, 5, size)])
+            continue
+        loss = task.loss(task.draw(0))
+        found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for plain, fast in zip(*found, strict=True):
+        assert (fast - plain).norm() <= 1e-4 * plain.norm()
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 6.0), (16, 4.0)])
