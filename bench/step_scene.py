@@ -98,9 +98,9 @@ class Scene:
             "fused, launched": replace(fused, recorded=False),
             "fused, not compiled": kernels,
             "fused, not compiled, rotation again": replace(kernels, remade=("rotation",)),
-            "fused, not compiled, half again": replace(kernels, remade=("half_hidden",)),
+            "fused, not compiled, half hidden again": replace(kernels, remade=("half_hidden",)),
             "fused, not compiled, hidden again": replace(kernels, remade=("hidden",)),
-            "fused, half again": replace(fused, remade=("half_hidden",)),
+            "fused, half hidden again": replace(fused, remade=("half_hidden",)),
             "fused - gelu": replace(plain, kernels="triton", **attention),
             "fused - attention": replace(plain, kernels="triton", gelu_in_product=True),
         }[name]

@@ -156,11 +156,12 @@ def optimize(
             norm = optimizer.gradient_norm()
             numbers = [value, norm] if zero_loss is None else [value, norm, zero_loss(step)]
             read = on_its_way(numbers)
+            if step + 1 < settings.steps:
+                ahead(step + 1)
             # The device is given its next work before the host waits for this step's numbers. A loss that is not finite makes the
             # norm NaN, and then no step is taken.
             optimizer.step(norm + 0 * value.detach(), settings.lr * settings.rate(step, settings.steps))
             if step + 1 < settings.steps:
-                ahead(step + 1)
                 take = descend(step + 1) if descend is not None else None
             number, length, *zero = read()
             if not (isfinite(number) and isfinite(length)):

@@ -1,7 +1,7 @@
 """Parts of a layer that training computes again in the backward pass rather than keep, for the same bits (arXiv:1604.06174).
 
-rotation       queries, keys and values, from their projection: three widths of the network a token, for one pass of the kernel
-               (and one where the regions of windowed attention are laid together)
+rotation       queries, keys and values, from their projection, where their norms are trained: three widths of the network a token, for
+               one pass of the kernel (and one where the regions of windowed attention are laid together)
 hidden         what enters GELU in a frozen MLP, from the residual stream: four widths, for a norm and a product
 half_hidden    the same in every other layer, those of windowed attention: half the memory for half the time
 """

@@ -61,7 +61,7 @@ def fused_layer(
     attn: SelfAttention = layer.attn
     grid = Grid(geometry.frames, geometry.rows, geometry.cols) if attn.windowed else None
     x, qkv = _projected(attn.qkv, x_BND, None, shift_a, scale_a)
-    if "rotation" in remade:
+    if "rotation" in remade and not _keeps_results(attn):
         a = again(_self_attention, attn, qkv, geometry, grid, backends)
     else:
         a = _self_attention(attn, qkv, geometry, grid, backends)
@@ -141,7 +141,7 @@ def _self_attention(
     joined here where the projection is trained, whose gradient keeps them so."""
     B, N = qkv_BNE.shape[:2]
     weights, eps = (attn.q_norm.weight, attn.k_norm.weight), attn.q_norm.eps
-    results = attn.turns_back and not any(weight.requires_grad for weight in weights)
+    results = _keeps_results(attn)
     if grid is None:
         rows = qk_norm_rope(qkv_BNE, *weights, geometry.spatial_cos, geometry.spatial_sin, None, eps, results)
         q, k, v = (t.unflatten(0, (B * geometry.frames, geometry.tokens_per_frame)) for t in rows)
@@ -152,6 +152,13 @@ def _self_attention(
         attend(q, k, v, backend=name).flatten(2) for (q, k, v), name in zip(regions, backends.windows, strict=False)
     ]
     return [_joined(parts, B)] if _trained(attn.proj) else parts
+
+
+def _keeps_results(attn: SelfAttention) -> bool:
+    """Whether the backward makes do with the rotated queries and keys, which attention keeps, and the projection is let go: then there is
+    nothing to gain from making them again."""
+    trained = attn.q_norm.weight.requires_grad or attn.k_norm.weight.requires_grad
+    return attn.turns_back and not trained and torch.is_grad_enabled()
 
 
 def _joined(parts: list[Tensor], samples: int) -> Tensor:

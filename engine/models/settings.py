@@ -40,8 +40,9 @@ class ModelSettings:
 
     remade: tuple[Literal["rotation", "hidden", "half_hidden"], ...] = ()
     """What training on the kernels computes again in the backward pass instead of keeping it, for less memory and the same bits: the
-    rotated queries, keys and values (rotation), what enters a frozen MLP's activation (hidden, or half_hidden: in every other
-    layer). Another path keeps everything."""
+    rotated queries, keys and values (rotation; nothing where the norms of queries and keys are frozen, for then their projection
+    is not kept), what enters a frozen MLP's activation (hidden, or half_hidden: in every other layer). Another path keeps
+    everything."""
 
     def __post_init__(self) -> None:
         if {"hidden", "half_hidden"} <= set(self.remade):

@@ -26,8 +26,10 @@ METHODS = [FullFineTuning(), LoRA(rank=4), LoRA(rank=4, targets=("attn.qkv", "ml
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned back"])
 @pytest.mark.parametrize("method", METHODS, ids=["full", "lora", "lora fc1"])
-def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, monkeypatch):
+def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, turned, monkeypatch):
+    """But where the backward turns them back: then it is their projection that is not, whatever is asked for."""
     alive: list[Any] = []
     rope = fused.qk_norm_rope
 
@@ -44,12 +46,16 @@ def test_the_bits_are_those_of_keeping_and_queries_are_not_kept(method, monkeypa
     for remade in ((), ("rotation",), ("rotation", "half_hidden"), ("rotation", "hidden")):
         model = tiny_dit(depth=1).to(DEVICE)
         use_paths(model, Paths(kernels="triton", remade=remade))
+        for layer in model.layers:
+            layer.attn.turns_back = turned
         task, parameters = tiny_task(model), method.attach(model, 0).masters.parameters
         alive.clear()
         made_again.clear()
         loss = task.loss(task.draw(0))
         gc.collect()
-        assert sum(reference() is not None for reference in alive) == (0 if remade else 2 * len(model.layers))
+        kept = not remade or (turned and method.kind == "lora")
+        assert sum(reference() is not None for reference in alive) == kept * 2 * len(model.layers)
+        assert made_again.count(fused._self_attention) == (not kept) * len(model.layers)
         hidden = {"hidden": 2, "half_hidden": 1}.get(remade[-1], 0) if remade and method.kind == "lora" else 0
         assert made_again.count(fused._hidden) == hidden * len(model.layers) // 2
         found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
