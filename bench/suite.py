@@ -113,8 +113,9 @@ def reason(error: BaseException) -> str:
 
 HEADER = f"{'row':{WIDTH}} {'ms':>10} {'first s':>8} {'GiB':>6} {'GB/s':>6} {'of copy':>8} {'TFLOP/s':>8} {'of product':>10}  more"
 SHOWN = (
-    "distance_from_eager", "against", "ratio", "clips", "graphs_first", "graphs_more", "recordings", "last_recording", "breaks_more", "reserved_gib", "restore_ms",
-    "ms_a_draw", "loop_s", "seconds", "psnr", "ssim", "temporal_error", "psnr_to_exact", "layers_reused",
+    "distance_from_eager", "against", "ratio", "clips", "graphs_first", "graphs_more", "breaks_more", "recordings",
+    "last_recording", "reserved_gib", "restore_ms", "ms_a_draw", "loop_s", "seconds", "psnr", "ssim", "temporal_error",
+    "psnr_to_exact", "layers_reused",
     "inference_speedup_from_cached_activations", "peer", "path",
 )  # fmt: skip
 """What else a line tells, where the row has it."""
