@@ -131,10 +131,9 @@ def optimize(
 
     descend(step), where given, takes the place of computing loss(step) and its gradients (recorded_loss.py): it asks the device for
     them, which is done a step ahead, and what it returns takes them. ahead(step) may prepare a step while the device works on the one
-    before. start, fisher: the unadapted masters and what EWC
-    weighs by, for the settings' penalties; held_out: the loss that early stopping looks at. on_step(step, loss) runs after each
-    step and may raise to stop; the weights in force are then the step's, and `trace` (given to be read there, and returned) says
-    what has been done. Raises FloatingPointError at a loss that is not finite.
+    before. start, fisher: the unadapted masters and what EWC weighs by, for the settings' penalties; held_out: the loss that early
+    stopping looks at. on_step(step, loss) runs after each step and may raise to stop; the weights in force are then the step's, and
+    `trace` (given to be read there, and returned) says what has been done. Raises FloatingPointError at a loss that is not finite.
     """
     assert all(master.dtype == torch.float32 for master in masters.tensors), "steps on rounded weights would be lost"
     trace = Trace() if trace is None else trace
