@@ -100,8 +100,10 @@ def test_what_a_compiled_layer_keeps(tmp_path):
     command = [sys.executable, "-m", "tests.engine.kept"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [row for row in found if "kept" in row]
     assert len(rows) == 6
+    assert [row["traced"] for row in found if "traced" in row] == [True] * 8
     low_rank = 2 / 3
     for row in rows:
         remade, full = row["remade"], row["method"] == "full"
