@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..engine.models import float8_linear
 from ..engine.models.linear_gelu import linear_gelu
-from ..engine.models.norm_float8_linear import norm_float8_linear, norm_float8_linear_reference
+from ..engine.models.norm_float8_linear import add_norm_float8_linear, norm_float8_linear_reference
 from ..kernels import norm_modulate, quantize_rows
 from .kernel_cases import Case, Inputs, Sizes, randn
 
@@ -74,7 +74,7 @@ def norm_quantize_cases(s: Sizes) -> Iterator[Case]:
 
             yield Case(
                 f"norm_quantize{' lora' * bool(rank)}", name, make, reference,
-                {"triton": lambda *t: norm_modulate.norm_quantize(*t)[:3]},
+                {"triton": lambda x, *t: norm_modulate.add_norm_quantize(x, None, *t)[1:4]},
                 (B * N * (3 * D + 4), 0),
                 floors={
                     "norm in 16 bits": norm_modulate.norm_modulate,
@@ -162,7 +162,7 @@ def norm_linear_cases(s: Sizes) -> Iterator[Case]:
 
             yield Case(
                 f"norm_float8_linear {layer}", name, make, reference,
-                {"norm in float8, product": lambda *t: norm_float8_linear(*t)[0]},
+                {"norm in float8, product": lambda x, *t: add_norm_float8_linear(x, None, *t)[1]},
                 (2 * B * N * D + E * D + 2 * B * N * E, 2 * B * N * D * E),
                 floors={"norm, linear": exact, "norm, quantise, product": apart}, compile=False,
             )  # fmt: skip

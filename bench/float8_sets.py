@@ -6,11 +6,10 @@ Run: python -m vidtta.bench.float8_sets [--out FILE.json] [--only NAME ...] [--m
 The first row of each kind is the plain path, which the others are held against; the second the kernels without float8.
 """
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import record, suite
+from .steps import measured
 
 if TYPE_CHECKING:
     from .step_scene import Scene
@@ -37,7 +36,7 @@ def with_layers(
 ) -> Callable[["Scene"], Row]:
     """A row with these layers in float8 instead of the engine's own, perhaps with sums carried to float32."""
 
-    def measured(scene: "Scene") -> Row:
+    def row(scene: "Scene") -> Row:
         from ..engine.models import float8, float8_linear
 
         before = float8.LINEARS, float8.LEARNING, float8_linear.FAST_ACCUMULATION
@@ -48,7 +47,7 @@ def with_layers(
         finally:
             float8.LINEARS, float8.LEARNING, float8_linear.FAST_ACCUMULATION = before
 
-    return measured
+    return row
 
 
 def rows() -> dict[str, Callable[["Scene"], Row]]:
@@ -72,24 +71,7 @@ def rows() -> dict[str, Callable[["Scene"], Row]]:
 
 
 def main() -> None:
-    arguments = suite.parser("float8_sets", __doc__, minutes=5.0).parse_args()
-    from .step_scene import real_scene, small_scene
-
-    known = rows()
-    names = suite.chosen(list(known), arguments.only)
-    if arguments.list:
-        print("\n".join(names))
-        return
-    device = suite.device(arguments.check)
-    environment = record.environment(device, arguments.commit)
-    print(json.dumps(environment), flush=True)
-
-    def write(done: list[Row]) -> None:
-        if arguments.out:
-            record.write(arguments.out, "float8_sets", environment, done)
-
-    scene = small_scene(device) if arguments.check else real_scene(device)
-    suite.finish(suite.run(known, names, scene, arguments.minutes * 60, write))
+    measured("float8_sets", __doc__, 5.0, rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and the next one starts; the file is written after each. `--rows` takes beginnin
 """
 
 import json
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import record, suite
@@ -18,21 +19,25 @@ if TYPE_CHECKING:
     from .step_scene import Scene
 
 Row = dict[str, Any]
-
-
-def run(scene: "Scene", names: list[str], seconds: float, write: Any = lambda rows: None) -> list[Row]:
-    """A row for each name, in order; those that find no time left say so."""
-    from .step_rows import ROWS
-
-    return suite.run(ROWS, names, scene, seconds, write)
+Rows = Mapping[str, Callable[["Scene"], Row]]
 
 
 def main() -> None:
-    arguments = suite.parser("steps", __doc__, minutes=6.0).parse_args()
-    from .step_rows import ROWS
+    def rows() -> Rows:
+        from .step_rows import ROWS
+
+        return ROWS
+
+    measured("steps", __doc__, 6.0, rows)
+
+
+def measured(name: str, about: str | None, minutes: float, make_rows: Callable[[], Rows]) -> None:
+    """The program of a suite whose rows are of a scene. make_rows: called when the arguments are read, so that --help imports no torch."""
+    arguments = suite.parser(name, about, minutes=minutes).parse_args()
     from .step_scene import real_scene, small_scene
 
-    names = suite.chosen(list(ROWS), arguments.only)
+    known = make_rows()
+    names = suite.chosen(list(known), arguments.only)
     if arguments.list:
         print("\n".join(names))
         return
@@ -43,10 +48,10 @@ def main() -> None:
 
     def write(rows: list[Row]) -> None:
         if arguments.out:
-            measured = scene.__dict__.get("ceilings")  # a property that is there once a row has asked for it
-            record.write(arguments.out, "steps", environment, rows, ceilings=measured and vars(measured))
+            ceilings = scene.__dict__.get("ceilings")  # a property that is there once a row has asked for it
+            record.write(arguments.out, name, environment, rows, ceilings=ceilings and vars(ceilings))
 
-    suite.finish(run(scene, names, arguments.minutes * 60, write))
+    suite.finish(suite.run(known, names, scene, arguments.minutes * 60, write))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _backward(
     return dh, None if h is None else column_sums(parts, gate.dtype).unsqueeze(1)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined_rows(parts: Sequence[Tensor]) -> Tensor:
     """Rows that follow one another, [rows, K] or with axes before, as one matrix."""
     rows = [part.flatten(0, -2) for part in parts]
     return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
@@ -175,7 +175,7 @@ class _LoRAGateResidual(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         # As many parameters as MOST_PARTS: with `*parts` torch.compile, without gradients, drops ctx for some numbers of them.
         parts = [part for part in (first, second, third, fourth) if part is not None]
-        x, gate, rows = x.contiguous(), gate.contiguous(), _joined(parts)
+        x, gate, rows = x.contiguous(), gate.contiguous(), joined_rows(parts)
         low, high = down.to(x.dtype), scaled_up(up, scale, x.dtype)
         h = F.linear(rows, weight, bias)
         z = skinny_product(rows, low.T)
@@ -196,7 +196,7 @@ class _LoRAGateResidual(torch.autograd.Function):
         if any(ctx.needs_input_grad[8:]):
             da = (dh @ stacked).split([len(part.flatten(0, -2)) for part in parts])
             dparts[: len(parts)] = [d.view(part.shape) for d, part in zip(da, parts, strict=True)]
-        ddown = outer_product(_joined(parts), dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
+        ddown = outer_product(joined_rows(parts), dh[:, D:])[:, :rank].T.to(ctx.dtypes[0])
         dup = outer_product(dh[:, :D], z, ctx.scale)[:, :rank].to(ctx.dtypes[1])
         return dout, None, None, ddown, dup, None, dgate, None, *dparts
 

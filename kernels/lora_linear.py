@@ -239,7 +239,7 @@ def extend_weight(weight_NK: Tensor, rank: int) -> Tensor:
 def write_up(extended: Tensor, up_Nr: Tensor, scale: float) -> None:
     """Write s B into the columns kept for it; call it whenever B has changed."""
     start = extended.shape[1] - padded_rank(up_Nr.shape[1])
-    extended[:, start : start + up_Nr.shape[1]] = (scale * up_Nr).to(extended.dtype)
+    extended[:, start : start + up_Nr.shape[1]] = scale * up_Nr
 
 
 def lora_linear_extended(x_ext: Tensor, weight_ext: Tensor, bias_N: Tensor, up_Nr: Tensor, scale: float) -> Tensor:

@@ -158,17 +158,6 @@ class _AddNormLinear(torch.autograd.Function):
         return dx, dx if of_h else None, *rest, None
 
 
-def norm_linear(
-    x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor, weight_ED: Tensor, bias_E: Tensor, eps: float = 1e-6
-) -> Tensor:
-    """(LN(x) * (1 + scale) + shift) W^T + b, [B, N, E]; differentiable in all, and makes all gradients.
-
-    One dtype for all. Kept for the backward: x, two numbers a row, the vectors and the weight. Raises ValueError when shapes,
-    dtypes or devices disagree.
-    """
-    return add_norm_linear(x_BND, None, shift_B1D, scale_B1D, weight_ED, bias_E, eps)[1]
-
-
 def add_norm_linear(
     x_BND: Tensor,
     h_BND: Tensor | None,
@@ -178,16 +167,19 @@ def add_norm_linear(
     bias_E: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """s = x + h, and norm_linear(s, shift, scale, weight, bias, eps); differentiable in all, and makes all gradients.
+    """s = x + h, and (LN(s) * (1 + scale) + shift) W^T + b, [B, N, E]; differentiable in all, and makes all gradients.
 
-    h: as x, or None: then s is a view of x. Go on with s, as after `add_norm_modulate`; kept for the backward is s, and neither x nor h.
+    One dtype for all. h: as x, or None: then s is a view of x. Go on with s, as after `add_norm_modulate`. Kept for the backward: s, two
+    numbers a row, the vectors and the weight, and neither x nor h. Raises ValueError when shapes, dtypes or devices disagree.
     """
     (B, _, D), E = x_BND.shape, weight_ED.shape[0]
     others = [] if h_BND is None else [h_BND]
-    check_runs("norm_linear", x_BND, *others, shift_B1D, scale_B1D, weight_ED, bias_E)
+    check_runs("add_norm_linear", x_BND, *others, shift_B1D, scale_B1D, weight_ED, bias_E)
     for name, tensor, wanted in (
         *(("h", h, x_BND.shape) for h in others), ("shift", shift_B1D, (B, 1, D)), ("scale", scale_B1D, (B, 1, D)),
         ("weight", weight_ED, (E, D)), ("bias", bias_E, (E,)),
     ):  # fmt: skip
-        check(tensor.shape == wanted, f"norm_linear: {name} is {list(tensor.shape)}, x and weight need {list(wanted)}")
+        check(
+            tensor.shape == wanted, f"add_norm_linear: {name} is {list(tensor.shape)}, x and weight need {list(wanted)}"
+        )
     return _AddNormLinear.apply(x_BND, h_BND, shift_B1D, scale_B1D, weight_ED, bias_E, eps)  # type: ignore[return-value]

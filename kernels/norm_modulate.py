@@ -47,7 +47,7 @@ def add_norm_modulate_reference(
 def norm_quantize_reference(
     x: Tensor, shift: Tensor, scale: Tensor, down: Tensor | None = None, multiple: int = 1, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `norm_quantize`, from n in x's dtype."""
+    """As `add_norm_quantize` has it of s, from n in its dtype."""
     n = norm_modulate_reference(x, shift, scale, down, eps)
     D = x.shape[-1]
     return *quantize_rows_reference(n[..., :D], multiple=multiple), n[..., D:]
@@ -231,23 +231,6 @@ def add_norm_modulate(
     return _AddNormModulate.apply(x_BND, h_BND, shift_B1D, scale_B1D, down_rD, eps)  # type: ignore[return-value]
 
 
-def norm_quantize(
-    x_BND: Tensor,
-    shift_B1D: Tensor,
-    scale_B1D: Tensor,
-    down_rD: Tensor | None = None,
-    multiple: int = 1,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """n = LN(x) * (1 + scale) + shift as `quantize_rows` writes it, of n before it is rounded to x's dtype; without gradients.
-
-    Inputs as in `norm_modulate`. Returns values [B, N, P] float8_e4m3fn, scales [B, N, 1] float32, the projection of n by `down`
-    [B, N, R] in x's dtype (R = 0 without it), mean and 1 / std of each row of x, [B, N] float32. P: the next multiple of `multiple`
-    from D on. Raises ValueError when shapes, dtypes or devices disagree.
-    """
-    return add_norm_quantize(x_BND, None, shift_B1D, scale_B1D, down_rD, multiple, eps)[1:]
-
-
 def add_norm_quantize(
     x_BND: Tensor,
     h_BND: Tensor | None,
@@ -257,8 +240,14 @@ def add_norm_quantize(
     multiple: int = 1,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """s = x + h, and `norm_quantize` of s: the bits of both, in one pass; without gradients. h: as x, or None, and then s is x."""
-    _check("norm_quantize", x_BND, h_BND, shift_B1D, scale_B1D, down_rD)
+    """s = x + h, and n = LN(s) * (1 + scale) + shift as `quantize_rows` writes it, of n before it is rounded to x's dtype; without
+    gradients.
+
+    Inputs as in `add_norm_modulate`, and without h s is x. Returns s, values [B, N, P] float8_e4m3fn, scales [B, N, 1] float32, the
+    projection of n by `down` [B, N, R] in x's dtype (R = 0 without it), mean and 1 / std of each row of s, [B, N] float32. P: the next
+    multiple of `multiple` from D on. Raises ValueError when shapes, dtypes or devices disagree.
+    """
+    _check("add_norm_quantize", x_BND, h_BND, shift_B1D, scale_B1D, down_rD)
     x, shift, scale = (t.contiguous() for t in (x_BND, shift_B1D, scale_B1D))
     h = None if h_BND is None else h_BND.contiguous()
     down = None if down_rD is None else down_rD.to(x.dtype).contiguous()

@@ -104,12 +104,13 @@ class FusedAdamW:
     @torch.no_grad()
     def step(self, norm: Tensor, lr: float) -> None:
         s, m = self.settings, self.masters
-        divisor, harmful = clip_divisor(norm, s), (~norm.isfinite()).float()
+        divisor, taken = clip_divisor(norm, s), norm.isfinite().float()
+        harmful = 1 - taken
         for group in self._groups():
             parameters, masters = [m.parameters[i] for i in group], [m.tensors[i].detach() for i in group]
             torch._fused_adamw_(
                 masters, [p.grad.float() for p in parameters if p.grad is not None],
-                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group, 1 - harmful),
+                [self.first[i] for i in group], [self.second[i] for i in group], [], self._counted(group, taken),
                 lr=lr, beta1=s.betas[0], beta2=s.betas[1], weight_decay=s.weight_decay, eps=s.eps,
                 amsgrad=False, maximize=False, grad_scale=divisor, found_inf=harmful,
             )  # fmt: skip

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 LINEARS = ("attn.qkv", "cross_attn.q_linear", "mlp.fc1", "mlp.fc2")
 """In float8 in sampling. Of 54,000 tokens on an H200, with what quantises: the norm and qkv take 0.55 ms instead of 0.74, the norm and fc1
-0.69 instead of 0.96, fc2 with its activation 0.79 instead of 1.0, a square product 0.18 instead of 0.20. A step with the caption's
-queries so was the fastest; with the two output projections too it was no faster and lay further off (bench.float8_sets)."""
+0.69 instead of 0.96, fc2 with the activation 0.79, which in 16 bits takes 0.75 without and adds 0.05 to fc1, a square product 0.18
+instead of 0.20. A step with the MLP and the caption's queries so was the fastest; with the two output projections too it was no faster
+and lay further off (bench.float8_sets)."""
 LEARNING = ("mlp.fc1", "mlp.fc2")
 """In float8 in steps and features too, with `all`. qkv would lose with a low-rank addition, which is one product with it in 16 bits;
 the square ones gain too little (bench.float8_sets)."""

@@ -26,10 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.common import MAX_RANK
-from ...kernels.gate_residual import (
-    gate_residual,
-    lora_gate_residual,
-)
+from ...kernels.gate_residual import gate_residual, joined_rows, lora_gate_residual
 from ...kernels.lora_linear import lora_linear_extended
 from ...kernels.norm_linear import add_norm_linear
 from ...kernels.norm_modulate import add_norm_modulate
@@ -98,20 +95,20 @@ def _entered(
         return *_projected(mlp.fc1, x, h, shift, scale), lambda hidden: gelu_linear(hidden, fc2.weight, fc2.bias)
     if in_float8(_frozen(mlp.fc1), x) or in_float8(mlp.fc2, x):
         if remade:
-            return *again(_products, mlp, x, h, shift, scale), lambda done: done
+            return *again(_products, mlp, x, shift, scale), lambda done: done
         return *_projected(mlp.fc1, x, h, shift, scale), mlp.second
     if remade:
-        return *again(_hidden, mlp.fc1, x, h, shift, scale), mlp.fc2
+        return *again(_hidden, mlp.fc1, x, shift, scale), mlp.fc2
     return *add_norm_modulate(x, h, shift, scale), mlp
 
 
-def _products(mlp: Mlp, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor) -> Sum:
-    s, hidden = _projected(mlp.fc1, x, h, shift, scale)
+def _products(mlp: Mlp, x: Tensor, shift: Tensor, scale: Tensor) -> Sum:
+    s, hidden = _projected(mlp.fc1, x, None, shift, scale)
     return s, mlp.second(hidden)
 
 
-def _hidden(fc1: nn.Module, x: Tensor, h: Tensor | None, shift: Tensor, scale: Tensor) -> Sum:
-    s, n = add_norm_modulate(x, h, shift, scale)
+def _hidden(fc1: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Sum:
+    s, n = add_norm_modulate(x, None, shift, scale)
     return s, F.gelu(fc1(n), approximate="tanh")
 
 
@@ -163,8 +160,7 @@ def _keeps_results(attn: SelfAttention) -> bool:
 
 def _joined(parts: list[Tensor], samples: int) -> Tensor:
     """As [B, N, D]."""
-    rows = [part.flatten(0, 1) for part in parts]
-    return (torch.cat(rows) if len(rows) > 1 else rows[0]).unflatten(0, (samples, -1))
+    return joined_rows(parts).unflatten(0, (samples, -1))
 
 
 def _added(x: Tensor, a: list[Tensor], proj: nn.Module, gate: Tensor, grid: Grid | None) -> Tensor:

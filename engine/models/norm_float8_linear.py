@@ -91,24 +91,6 @@ class _AddNormFloat8Linear(torch.autograd.Function):
         return found[0], found[0] if needs[1] else None, dshift, dscale, None, None, None, None, ddown
 
 
-def norm_float8_linear(
-    x_BND: Tensor,
-    shift_B1D: Tensor,
-    scale_B1D: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    bias_E: Tensor,
-    weight_ED: Tensor,
-    down_rD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """n W^T + b in float8, [B, N, E], and n A^T, [B, N, R] (R = 0 without `down`); differentiable in x, shift, scale and down.
-
-    x, shift, scale, down: as in `norm_modulate`; values, scales, bias, weight: as in `float8_linear`. Columns of n A^T beyond the rank
-    are zero. Raises ValueError when shapes, dtypes or devices disagree, or when weight or bias want a gradient.
-    """
-    return add_norm_float8_linear(x_BND, None, shift_B1D, scale_B1D, values, scales, bias_E, weight_ED, down_rD)[1:]
-
-
 def add_norm_float8_linear(
     x_BND: Tensor,
     h_BND: Tensor | None,
@@ -120,17 +102,22 @@ def add_norm_float8_linear(
     weight_ED: Tensor,
     down_rD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """s = x + h, and what `norm_float8_linear` gives of s; differentiable in h too. h: as x, or None: then s is a view of x. Go on with s,
-    as after `add_norm_modulate`."""
+    """s = x + h, of its modulated norm n the layer n W^T + b in float8, [B, N, E], and n A^T, [B, N, R] (R = 0 without `down`);
+    differentiable in x, h, shift, scale and down.
+
+    x, h, shift, scale, down: as in `add_norm_modulate`, after which one also goes on with s; values, scales, bias, weight: as in
+    `float8_linear`. Columns of n A^T beyond the rank are zero. Raises ValueError when shapes, dtypes or devices disagree, or when weight
+    or bias want a gradient.
+    """
     E, D = weight_ED.shape
     shape = padded(E, MULTIPLE), padded(D, MULTIPLE)
     check(
         x_BND.shape[2] == D and values.shape == shape and scales.shape == (shape[0], 1) and bias_E.shape == (E,),
-        f"norm_float8_linear: x, values, scales and bias are {list(x_BND.shape)}, {list(values.shape)}, {list(scales.shape)} and "
+        f"add_norm_float8_linear: x, values, scales and bias are {list(x_BND.shape)}, {list(values.shape)}, {list(scales.shape)} and "
         f"{list(bias_E.shape)}; weight {[E, D]} needs [B, N, {D}], {list(shape)}, {[shape[0], 1]} and {[E]}",
     )
     check(
         not (torch.is_grad_enabled() and (weight_ED.requires_grad or bias_E.requires_grad)),
-        "norm_float8_linear: weight and bias must be frozen; to train them use norm_linear",
+        "add_norm_float8_linear: weight and bias must be frozen; to train them use add_norm_linear",
     )
     return _AddNormFloat8Linear.apply(x_BND, h_BND, shift_B1D, scale_B1D, values, scales, bias_E, weight_ED, down_rD)  # type: ignore[return-value]

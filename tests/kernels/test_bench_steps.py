@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vidtta.bench import step_rows, steps
+from vidtta.bench import step_rows, suite
 from vidtta.bench.step_scene import small_scene
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="small shapes are for the interpreter")
@@ -21,7 +21,7 @@ FLOAT8 = ["sample3 fused, float8", "float8 weights"]
 def test_rows_run_and_agree_with_the_eager_path():
     scene = small_scene(torch.device("cpu"))
     scene.watch.runs, scene.training_steps = 1, 2
-    rows = {row["row"]: row for row in steps.run(scene, [*NAMES, *FLOAT8], 600)}
+    rows = {row["row"]: row for row in suite.run(step_rows.ROWS, [*NAMES, *FLOAT8], scene, 600)}
     assert list(rows) == [*NAMES, *FLOAT8] and not [row for row in rows.values() if "error" in row]
     compared = [name for name, row in rows.items() if row.get("distance_from_eager", 1) < 1e-5]
     assert compared == [
@@ -46,9 +46,9 @@ def test_a_failing_row_says_why_and_the_rest_run(monkeypatch: pytest.MonkeyPatch
     scene, seen = small_scene(torch.device("cpu")), []
     monkeypatch.setitem(step_rows.ROWS, "raises", lambda scene: {}[0])
     monkeypatch.setitem(step_rows.ROWS, "works", lambda scene: {"ms": 1.0})
-    rows = steps.run(scene, ["raises", "works"], 600, lambda rows: seen.append(json.dumps(rows)))
+    rows = suite.run(step_rows.ROWS, ["raises", "works"], scene, 600, lambda rows: seen.append(json.dumps(rows)))
     assert rows[0]["error"].startswith("KeyError") and rows[1]["ms"] == 1.0 and len(seen) == 2
-    assert "skipped" in steps.run(scene, ["works"], -1)[0]
+    assert "skipped" in suite.run(step_rows.ROWS, ["works"], scene, -1)[0]
 
 
 @on_cpu
